@@ -1,0 +1,55 @@
+"""`python -m jaxllm.convert SOURCE OUT`: a checkpoint into a model folder."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxllm.config import DTYPES
+from jaxllm.convert import meta
+from jaxllm.errors import ArgumentParser, InputError, ModelError, run_command
+from jaxllm.loader import check_vocabulary, parameter_shapes, save
+from jaxllm.model import abstract_params
+from jaxllm.tokenizer import load_tokenizer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert as the command line says; raises InputError for what the user has to change."""
+    parser = ArgumentParser(
+        prog="python -m jaxllm.convert", description="Convert Meta's LLaMA checkpoint into a jaxllm model folder."
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder with params.json and consolidated.NN.pth")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
+    parser.add_argument("--quantize", choices=["int8"], help="store the matrices as int8, half of bfloat16's size")
+    parser.add_argument("--dtype", choices=DTYPES, help="store float weights as this (default: as they are)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: tokenizer.model in SOURCE or above it")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
+    args = parser.parse_args(argv)
+
+    if not args.source.is_dir():
+        raise ModelError(f"{args.source}: no such folder; SOURCE is the folder of Meta's checkpoint")
+    if args.out.resolve() == args.source.resolve() or args.out.resolve() in args.source.resolve().parents:
+        raise InputError(f"OUT {args.out} is or contains SOURCE {args.source}; choose another folder")
+    checkpoint = meta.open_checkpoint(args.source, args.tokenizer, args.dtype)
+    config = checkpoint.config
+    check_vocabulary(load_tokenizer(checkpoint.tokenizer_file), checkpoint.tokenizer_file, config)
+
+    shapes = parameter_shapes(abstract_params(config, args.quantize is not None)).values()
+    total = sum(shape.size * shape.dtype.itemsize for shape in shapes)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"{args.source.name} -> {args.out}") as bar:
+        save(
+            args.out,
+            config,
+            checkpoint.weights,
+            checkpoint.tokenizer_file,
+            quantize=args.quantize,
+            overwrite=args.overwrite,
+            progress=bar.update,
+        )
+    count = sum(shape.size for shape in parameter_shapes(abstract_params(config)).values())
+    print(f"{args.out}: {count / 1e6:,.1f} M parameters, {args.quantize or config.dtype}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

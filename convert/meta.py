@@ -1,0 +1,328 @@
+"""Meta's checkpoints: params.json, consolidated.NN.pth and tokenizer.model, as LLaMA 1, 2 and 3 came.
+
+Every shard holds a slice of every tensor, split as Meta's model parallelism splits it, except for the norms, which are
+copies.  Source: fairscale's parallel layers as used by `llama/model.py` of each release.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.config import DTYPES, ModelConfig, RopeScaling
+from jaxllm.convert import pth
+from jaxllm.errors import ModelError
+from jaxllm.loader import TOKENIZER, Weight
+
+BLOCK = 16 << 20  # elements read and written at a time, so that memory does not grow with the model
+
+# name in a layer -> the axis on which the shards are to be joined (None: every shard has the whole)
+_LAYER = {
+    "attention_norm.weight": None,
+    "attention.wq.weight": 0,
+    "attention.wk.weight": 0,
+    "attention.wv.weight": 0,
+    "attention.wo.weight": 1,
+    "ffn_norm.weight": None,
+    "feed_forward.w1.weight": 0,
+    "feed_forward.w2.weight": 1,
+    "feed_forward.w3.weight": 0,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint opened for conversion: nothing of its weights was read yet."""
+
+    config: ModelConfig
+    weights: dict[str, Weight]
+    tokenizer_file: Path
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A tensor in slices, to be joined on `axis`."""
+
+    name: str
+    slices: list[np.ndarray]
+    axis: int
+
+    @property
+    def shape(self):
+        shape = list(self.slices[0].shape)
+        shape[self.axis] = sum(piece.shape[self.axis] for piece in self.slices)
+        return tuple(shape)
+
+    def rows(self, start, stop):
+        """Rows start to stop of the whole tensor, as an array."""
+        if self.axis:
+            return np.concatenate([piece[start:stop] for piece in self.slices], axis=self.axis)
+        found, first = [], 0
+        for piece in self.slices:
+            found.append(piece[max(start - first, 0) : max(stop - first, 0)])
+            first += len(piece)
+        return np.concatenate(found)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All rows, a bounded number at a time."""
+        step = max(1, BLOCK // max(1, int(np.prod(self.shape[1:]))))
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(start + step, self.shape[0]))
+
+
+def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str | None = None) -> Checkpoint:
+    """Open the folder of a Meta checkpoint.
+
+    dtype is what float weights are to be stored as, by default what they are.  The tokenizer is looked for in the folder
+    and in the one above, where Meta's download put it.
+    Raises ModelError naming the file when something is missing, or sizes contradict each other or params.json.
+    """
+    settings = _read_params_json(source / "params.json")
+    shards = _read_shards(source)
+    config, tensors = _join(source, settings, shards)
+    stored = {slice.dtype.name for tensor in tensors.values() for slice in tensor.slices}
+    if dtype is None:
+        if len(stored) > 1:
+            raise ModelError(f"{source} mixes weights of {', '.join(sorted(stored))}; choose one with --dtype")
+        dtype = stored.pop()
+    config = ModelConfig.from_json(config | {"dtype": dtype})
+    return Checkpoint(config, _weights(config, tensors), tokenizer_file or _find_tokenizer(source))
+
+
+def _read_params_json(file):
+    try:
+        settings = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing; it comes with Meta's checkpoint, copy it beside the .pth files") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} is not a JSON object; download it again")
+    kinds = {
+        "dim": int, "n_layers": int, "n_heads": int, "n_kv_heads": int, "vocab_size": int, "multiple_of": int,
+        "max_seq_len": int, "norm_eps": float, "rope_theta": float, "ffn_dim_multiplier": float,
+        "rope_scaling_factor": float,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        value = settings.get(name)
+        if value is None:
+            if name in ("dim", "n_layers", "n_heads", "norm_eps"):
+                raise ModelError(f"{file} has no {name}; is it complete?")
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        unknown = name == "vocab_size" and value == -1  # LLaMA 1 and 2 leave it to the tokenizer
+        if not number or (kind is int and value != int(value)) or not (0 < value < 1e12 or unknown):
+            raise ModelError(f"{file} has {name}={value!r}, which must be a number above 0; is it complete?")
+    if settings["dim"] % settings["n_heads"]:
+        raise ModelError(
+            f"{file} has n_heads={settings['n_heads']}, which does not divide dim={settings['dim']}; is it complete?"
+        )
+    return settings
+
+
+def _read_shards(source):
+    """The tensors of consolidated.00.pth, 01, ..., in order."""
+    found = {int(m[1]): f for f in source.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
+    if not found:
+        raise ModelError(f"{source} holds no consolidated.NN.pth; it is not a checkpoint as Meta ships them")
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise ModelError(f"{source / f'consolidated.{missing[0]:02}.pth'} is missing; download all shards")
+    shards = [(found[n], pth.read(found[n])) for n in sorted(found)]
+    first_file, first = shards[0]
+    for file, tensors in shards[1:]:
+        for name in first.keys() ^ tensors.keys():
+            has, lacks = (first_file, file) if name in first else (file, first_file)
+            raise ModelError(f"{lacks} has no {name!r}, which {has.name} has; these shards are not of one checkpoint")
+        for name, tensor in tensors.items():
+            if tensor.shape != first[name].shape or tensor.dtype != first[name].dtype:
+                raise ModelError(
+                    f"{file}: {name} is {tensor.dtype}{list(tensor.shape)}, but {first[name].dtype}"
+                    f"{list(first[name].shape)} in {first_file.name}; these shards are not of one checkpoint"
+                )
+    return shards
+
+
+def _join(source, settings, shards):
+    """The config as a dict, from the tensors' sizes checked against params.json, and all tensors as Sharded, by Meta's names."""
+    n_layers, n_heads = int(settings["n_layers"]), int(settings["n_heads"])
+    dim = int(settings["dim"])
+    head_dim = dim // n_heads
+    held = {m[1] for name in shards[0][1] if (m := re.match(r"layers\.(\d+)\.", name))}
+    if len(held) != n_layers:
+        raise ModelError(f"{shards[0][0]} has {len(held)} layers, and params.json n_layers={n_layers}; is it complete?")
+    columns = shards[0][1].get("tok_embeddings.weight", np.empty((0, 0))).shape[-1]
+    axes = {"norm.weight": None, "output.weight": 0}
+    # LLaMA 1 and 2 split the embedding's columns, LLaMA 3 its rows
+    axes["tok_embeddings.weight"] = 0 if columns == dim else 1
+    for i in range(n_layers):
+        axes |= {f"layers.{i}.{name}": axis for name, axis in _LAYER.items()}
+    tied = "output.weight" not in shards[0][1]
+    if tied:
+        del axes["output.weight"]
+
+    tensors = {}
+    for name, axis in axes.items():
+        slices = [found[name] for _, found in shards if name in found]
+        if not slices:
+            raise ModelError(f"{shards[0][0]} has no {name!r}; is it complete, and a LLaMA?")
+        rank = 1 if axis is None else 2
+        if slices[0].ndim != rank or slices[0].dtype.name not in DTYPES:
+            raise ModelError(
+                f"{shards[0][0]}: {name} is {slices[0].dtype}{list(slices[0].shape)}; it must have {rank} axes and be "
+                f"one of {', '.join(DTYPES)}"
+            )
+        tensors[name] = Sharded(name, slices[:1] if axis is None else slices, axis or 0)
+    extra = sorted(n for n in shards[0][1].keys() - axes.keys() if not n.endswith("rope.freqs"))
+    if extra:
+        raise ModelError(
+            f"{shards[0][0]} has {extra[0]!r}, which a LLaMA with n_layers={n_layers} does not have; is it another family?"
+        )
+
+    vocab_size = tensors["tok_embeddings.weight"].shape[0]
+    kv_rows = tensors["layers.0.attention.wk.weight"].shape[0]
+    ffn_dim = tensors["layers.0.feed_forward.w1.weight"].shape[0]
+    n_kv_heads = int(settings.get("n_kv_heads") or n_heads)
+    q_rows = n_heads * head_dim
+    expected = {
+        "attention_norm.weight": (dim,),
+        "attention.wq.weight": (q_rows, dim),
+        "attention.wk.weight": (n_kv_heads * head_dim, dim),
+        "attention.wv.weight": (n_kv_heads * head_dim, dim),
+        "attention.wo.weight": (dim, q_rows),
+        "ffn_norm.weight": (dim,),
+        "feed_forward.w1.weight": (_ffn_dim(settings) or ffn_dim, dim),
+        "feed_forward.w2.weight": (dim, ffn_dim),
+        "feed_forward.w3.weight": (ffn_dim, dim),
+    }
+    expected = {f"layers.{i}.{name}": shape for i in range(n_layers) for name, shape in expected.items()}
+    rows = int(settings.get("vocab_size") or -1)
+    expected |= {"norm.weight": (dim,), "tok_embeddings.weight": (vocab_size if rows == -1 else rows, dim)}
+    if not tied:
+        expected["output.weight"] = (vocab_size, dim)
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ModelError(
+                f"{source}: {name} is {list(tensors[name].shape)} over {len(shards)} file(s), and params.json makes it "
+                f"{list(shape)}; is a shard missing, or params.json another model's?"
+            )
+    assert kv_rows == n_kv_heads * head_dim
+    # LLaMA 3.2's small models ship the output matrix, although it is the embedding again
+    tied = tied or _equal(tensors["tok_embeddings.weight"], tensors["output.weight"])
+    config = dict(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_dim=ffn_dim,
+        max_len=_max_len(settings),
+        norm_eps=float(settings["norm_eps"]),
+        rope_theta=float(settings.get("rope_theta") or 10000.0),
+        rope_scaling=_rope_scaling(settings),
+        tied=tied,
+    )
+    return config, tensors
+
+
+def _ffn_dim(settings):
+    """The ffn width that Meta's code computes from params.json; None where that does not say enough."""
+    if "multiple_of" not in settings:
+        return None
+    multiple = int(settings["multiple_of"])
+    width = int(2 * 4 * int(settings["dim"]) / 3)
+    if settings.get("ffn_dim_multiplier") is not None:
+        width = int(settings["ffn_dim_multiplier"] * width)
+    return -(-width // multiple) * multiple
+
+
+def _max_len(settings):
+    """The context in tokens that the model was trained for: params.json does not say it, the other values betray the release."""
+    theta = settings.get("rope_theta") or 10000.0
+    if settings.get("max_seq_len"):
+        return int(settings["max_seq_len"])
+    if settings.get("use_scaled_rope"):
+        return 131072  # LLaMA 3.1 and later
+    if theta == 500000.0:
+        return 8192  # LLaMA 3
+    if theta == 1000000.0:
+        return 16384  # Code Llama
+    llama1 = settings["norm_eps"] == 1e-6 or (settings["dim"] == 8192 and settings.get("n_kv_heads") is None)
+    return 2048 if llama1 else 4096
+
+
+def _rope_scaling(settings):
+    if not settings.get("use_scaled_rope"):
+        return None
+    # 3.1 and 3.3 stretch by 8, which is what Meta's code does for all; 3.2's text models, known by their width, by 32 in
+    # the config.json that Meta published for them
+    factor = settings.get("rope_scaling_factor") or (32.0 if settings["dim"] <= 3072 else 8.0)
+    return vars(RopeScaling(factor=float(factor)))
+
+
+def _equal(a, b):
+    return a.shape == b.shape and all(
+        x.dtype == y.dtype and np.array_equal(x.view(np.uint8), y.view(np.uint8))
+        for x, y in zip(a.blocks(), b.blocks(), strict=True)
+    )
+
+
+def _find_tokenizer(source):
+    for folder in (source, source.parent):
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
+    raise ModelError(f"{source / TOKENIZER} is missing, and is not in the folder above either; name it with --tokenizer")
+
+
+def _weights(config, tensors):
+    """Every weight of the model folder, built from Meta's tensors as it is written."""
+
+    def plain(name):
+        return Weight(tensors[name].shape, tensors[name].blocks)
+
+    weights = {"embed": plain("tok_embeddings.weight")}
+    for i in range(config.n_layers):
+        part = {name: tensors[f"layers.{i}.{name}"] for name in _LAYER}
+        weights |= {
+            f"layers.{i}.attn_norm": plain(f"layers.{i}.attention_norm.weight"),
+            f"layers.{i}.wqkv": Weight(
+                (config.n_kv_heads, config.group + 2, config.head_dim, config.dim),
+                partial(_qkv_blocks, config, *(part[f"attention.{n}.weight"] for n in ("wq", "wk", "wv"))),
+            ),
+            f"layers.{i}.wo": plain(f"layers.{i}.attention.wo.weight"),
+            f"layers.{i}.ffn_norm": plain(f"layers.{i}.ffn_norm.weight"),
+            f"layers.{i}.w_gate_up": Weight(
+                (2, config.ffn_dim, config.dim),
+                partial(_chain, part["feed_forward.w1.weight"], part["feed_forward.w3.weight"]),
+            ),
+            f"layers.{i}.w_down": plain(f"layers.{i}.feed_forward.w2.weight"),
+        }
+    weights["norm"] = plain("norm.weight")
+    if not config.tied:
+        weights["output"] = plain("output.weight")
+    return weights
+
+
+def _chain(*tensors):
+    for tensor in tensors:
+        yield from tensor.blocks()
+
+
+def _qkv_blocks(config, wq, wk, wv):
+    """For each kv head its query heads, then k, then v: the rows of wqkv."""
+    size = config.head_dim
+    for head in range(config.n_kv_heads):
+        q = wq.rows(head * config.group * size, (head + 1) * config.group * size)
+        k = wk.rows(head * size, (head + 1) * size)
+        v = wv.rows(head * size, (head + 1) * size)
+        yield np.concatenate([_half_split(q, size), _half_split(k, size), v])
+
+
+def _half_split(rows, head_dim):
+    """Reorder each head's rows from Meta's adjacent RoPE pairs (2i, 2i + 1) to pairs (i, i + H/2)."""
+    return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)

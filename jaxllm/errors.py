@@ -1,0 +1,37 @@
+"""What goes wrong through the caller's input, and how a command tells it; everything else that is raised is a bug of ours."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class InputError(ValueError):
+    """A prompt, a setting or a flag is not usable.  The message is one line: what was got, what is allowed, what to do."""
+
+
+class ModelError(InputError):
+    """A checkpoint, a model folder or a tokenizer is not usable.  The message names the file."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are an InputError of one line instead of a page of usage."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> int:
+    """Run a command on sys.argv: its exit status is 0 for done, 2 for an InputError (told in one line), 130 for Ctrl-C."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

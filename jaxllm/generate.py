@@ -1,0 +1,361 @@
+"""Text generation: the library's `generate` and `stream`, and the command `python -m jaxllm.generate`."""
+
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm.errors import ArgumentParser, InputError, run_command
+from jaxllm.loader import DEMO, Model, load
+from jaxllm.ops import check_implementations
+from jaxllm.pipeline import generate_tokens, row_limits
+from jaxllm.sampling import Sampling
+
+# GB/s from the makers' data sheets, by what JAX calls the device
+PEAK_BANDWIDTH = {
+    "NVIDIA H200": 4800,
+    "NVIDIA H100 80GB HBM3": 3350,
+    "NVIDIA H100 PCIe": 2000,
+    "NVIDIA A100-SXM4-80GB": 2039,
+    "NVIDIA A100 80GB PCIe": 1935,
+    "NVIDIA A100-SXM4-40GB": 1555,
+    "NVIDIA L40S": 864,
+    "NVIDIA L4": 300,
+    "NVIDIA GeForce RTX 5090": 1792,
+    "NVIDIA GeForce RTX 4090": 1008,
+    "NVIDIA GeForce RTX 3090": 936,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one prompt.
+
+    prompt_tokens and tokens are ids; text is what tokens read as behind the prompt, without the stop string that ended
+    it; finish_reason is "stop" (end of sequence, or a stop string), "length" (max_new_tokens or the context is full) or
+    "interrupted".  stats speaks of the whole batch: see `Generation.stats`.
+    """
+
+    prompt: str
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    seed: int
+    stats: dict
+
+
+class Generation:
+    """A batch of prompts being continued: iterate for (row, text) pieces as they come; `results` holds what there is so far.
+
+    Arguments as in `generate`.  The pieces of a row joined are its text.
+    """
+
+    def __init__(self, model, prompts, sampling=None, max_new_tokens=128, stop=(), max_len=None):
+        for what, given in (("prompts", prompts), ("stop", stop)):
+            if isinstance(given, str):
+                raise InputError(f"{what} is one string; it must be a list of strings")
+        if "" in stop:
+            raise InputError("a stop string is empty; it would end every text at once")
+        self._model, self._prompts = model, list(prompts)
+        for i, prompt in enumerate(self._prompts):
+            if not prompt:
+                raise InputError(f"prompt {i} is empty; give it some text")
+        self._ids = [model.tokenizer.encode(prompt) for prompt in self._prompts]
+        self._sampling = Sampling() if sampling is None else sampling
+        self._seeds = self._sampling.rows(len(self._prompts)).seed.tolist()
+        self._stop = tuple(stop)
+        self._tokens: list[list[int]] = [[] for _ in self._prompts]
+        self._text = [""] * len(self._prompts)
+        self._finish: list[str | None] = [None] * len(self._prompts)
+        self._times: list[tuple[float, float, int]] = []  # clock, seconds of compilation so far, tokens chosen so far
+        self._limits = row_limits(model.config, self._ids, max_new_tokens, max_len)
+        self._chunks = generate_tokens(
+            model.params, model.config, self._ids, self._sampling, max_new_tokens, model.tokenizer.eos_ids, max_len
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        decoders = [self._model.tokenizer.decoder(ids) for ids in self._ids]
+        held = [""] * len(self._ids)  # text that may turn out to be the start of a stop string
+        chosen = 0
+        self._note(chosen)
+        for chunk in self._chunks:
+            chosen += int((chunk >= 0).sum())
+            self._note(chosen)
+            for row, tokens in enumerate(chunk.tolist()):
+                if self.finished(row):
+                    continue
+                held[row] = self._take(row, tokens, decoders[row], held[row])
+                keep = 0 if self.finished(row) else held_back(held[row], self._stop)
+                piece = held[row][: len(held[row]) - keep]
+                held[row] = held[row][len(piece) :]
+                self._text[row] += piece
+                if piece:
+                    yield row, piece
+            if all(self._finish):
+                return
+
+    def _take(self, row, tokens, decoder, held):
+        """Take in a row's next tokens, up to its end if that is among them; `held` with their text behind it."""
+        for token in tokens:
+            if token in self._model.tokenizer.eos_ids:
+                self._finish[row] = "stop"
+            else:
+                self._tokens[row].append(token)
+                held += decoder.put(token)
+                if len(self._tokens[row]) == self._limits[row]:
+                    self._finish[row] = "length"
+            if self.finished(row):
+                held += decoder.flush()
+            found = [at for at in map(held.find, self._stop) if at >= 0]
+            if found:
+                held = held[: min(found)]
+                self._finish[row] = "stop"
+            if self.finished(row):
+                break
+        return held
+
+    def _note(self, chosen):
+        self._times.append((time.perf_counter(), _compiling.seconds, chosen))
+
+    def finished(self, row: int) -> bool:
+        """Whether no more text will come for a row."""
+        return self._finish[row] is not None
+
+    @property
+    def results(self) -> list[Result]:
+        """One Result a prompt; rows that were not finished have finish_reason "interrupted"."""
+        stats = self.stats
+        return [
+            Result(prompt, ids, tokens, text, finish or "interrupted", seed, stats)
+            for prompt, ids, tokens, text, finish, seed in zip(
+                self._prompts, self._ids, self._tokens, self._text, self._finish, self._seeds, strict=True
+            )
+        ]
+
+    @property
+    def stats(self) -> dict:
+        """Speed of the whole batch: compile_s, prefill_tokens_per_s, decode_tokens_per_s, bytes_per_token, gb_per_s, share_of_peak.
+
+        Rates leave compilation out.  bytes_per_token is what decoding a token has to read at least, weights and filled
+        cache; share_of_peak sets gb_per_s against the device's data sheet.  What was not measured is None.
+        """
+        stats = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s", "gb_per_s", "share_of_peak"))
+        stats |= {"compile_s": self._times[-1][1] - self._times[0][1] if self._times else None}
+        stats |= {"bytes_per_token": self._bytes_per_token()}
+        if len(self._times) > 1:
+            (t0, c0, _), (t1, c1, n1) = self._times[:2]
+            stats["prefill_tokens_per_s"] = sum(map(len, self._ids)) / max(t1 - t0 - (c1 - c0), 1e-9)
+            t2, c2, n2 = self._times[-1]
+            if n2 > n1:
+                stats["decode_tokens_per_s"] = (n2 - n1) / max(t2 - t1 - (c2 - c1), 1e-9)
+                stats["gb_per_s"] = stats["bytes_per_token"] * stats["decode_tokens_per_s"] / 1e9
+                peak = PEAK_BANDWIDTH.get(jax.devices()[0].device_kind)
+                stats["share_of_peak"] = stats["gb_per_s"] / peak if peak else None
+        return stats
+
+    def _bytes_per_token(self):
+        params, config = self._model.params, self._model.config
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        if params.output is not None:  # of the embedding only one row is read
+            weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(params.embed))
+        # halfway through the answer
+        filled = sum(len(ids) + len(tokens) // 2 for ids, tokens in zip(self._ids, self._tokens, strict=True))
+        slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+        return (weights + filled * slot) // len(self._ids)
+
+
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of text are the beginning of a stop string."""
+    sizes = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+    return max(sizes, default=0)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    stop: Sequence[str] = (),
+    max_len: int | None = None,
+) -> list[Result]:
+    """Continue every prompt, as one batch: a Result for each, the same as the prompt would get alone.
+
+    sampling is `Sampling()` by default; a text ends at an end-of-sequence token, before the first of the stop strings,
+    after max_new_tokens, or where the context of max_len tokens is full (by default what the model was trained for).
+    Raises InputError for an empty or too long prompt, or a setting out of range.
+    """
+    generation = Generation(model, prompts, sampling, max_new_tokens, stop, max_len)
+    for _ in generation:
+        pass
+    return generation.results
+
+
+def stream(
+    model: Model,
+    prompt: str,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    stop: Sequence[str] = (),
+    max_len: int | None = None,
+) -> Iterator[str]:
+    """Continue one prompt: pieces of text as they come, never half a character.  Arguments as in `generate`."""
+    return (piece for _, piece in Generation(model, [prompt], sampling, max_new_tokens, stop, max_len))
+
+
+class _Compiling:
+    """Counts the seconds in which our programs were traced, lowered, and compiled or read from the cache."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event, seconds, fun_name="", **_):
+        # only the outermost: the functions traced inside a program report their own time once more
+        if event.startswith("/jax/core/compile/") and any(n in fun_name for n in ("init_state", "prefill", "decode_chunk")):
+            self.seconds += seconds
+
+
+_compiling = _Compiling()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Generate as the command line says; raises InputError for what the user has to change."""
+    args = _parse(argv)
+    prompts = _prompts(args)
+    sampling = _sampling(args)
+    if args.plan:
+        raise InputError("--plan is not in this version of jaxllm; leave it out")
+    check_implementations(args.impl)
+    if args.model is None:
+        print("no --model: using the small demonstration model inside the package", file=sys.stderr)
+
+    start = time.perf_counter()
+    model = load(args.model or DEMO, args.quantize, args.dtype, args.tokenizer)
+    load_s = time.perf_counter() - start
+    generation = Generation(model, prompts, sampling, args.max_new_tokens, args.stop, args.max_len)
+    sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        _print_text(generation, prompts, args)
+    finally:  # also on Ctrl-C: what there is so far
+        if args.json:
+            for result in generation.results:
+                print(json.dumps(asdict(result) | {"stats": {"load_s": load_s} | result.stats}))
+        if args.stats:
+            _print_stats({"load_s": load_s} | generation.stats)
+
+
+def _parse(argv):
+    parser = ArgumentParser(prog="python -m jaxllm.generate", description="Continue prompts with a LLaMA model.")
+    parser.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the one inside the package)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer.model, not the folder's")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts, run as one batch")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds one prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, help="default 0.8")
+    parser.add_argument("--top-k", type=int, help="default 0: off")
+    parser.add_argument("--top-p", type=float, help="default 1.0: off")
+    parser.add_argument("--min-p", type=float, help="default 0.0: off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="default 1.0: off")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these")
+    parser.add_argument("--quantize", choices=["int8"], help="quantize a float model while loading")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="type of activations and cache")
+    parser.add_argument("--max-len", type=int, metavar="N", help="context in tokens (default: the model's)")
+    parser.add_argument("--impl", default="auto", metavar="auto|xla|OP=IMPL,...", help="implementation of the ops")
+    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    parser.add_argument("--stats", action="store_true", help="print times and speeds to stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")
+    parser.add_argument("--plan", action="store_true", help="not in this version")
+    return parser.parse_args(argv)
+
+
+def _prompts(args):
+    given = [name for name in ("stdin", "prompt", "prompt_file") if getattr(args, name) is not None]
+    if len(given) != 1:
+        got = "none" if not given else "more than one"
+        raise InputError(f"{got} of --prompt TEXT, --prompt-file FILE and - (standard input) is given; give one")
+    if args.prompt is not None:
+        return args.prompt
+    source = "standard input" if args.stdin else args.prompt_file
+    try:
+        text = (sys.stdin.buffer.read() if args.stdin else args.prompt_file.read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    return [text.removesuffix("\n")]  # the one that editors and `echo` put at the end
+
+
+def _sampling(args):
+    settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if args.greedy and settings:
+        flags = ", ".join("--" + name.replace("_", "-") for name in settings)
+        raise InputError(f"--greedy takes the most likely token, so {flags} can have no effect; leave one out")
+    if args.greedy:
+        settings["temperature"] = 0.0
+    sampling = Sampling(**settings, repetition_penalty=args.repetition_penalty, seed=args.seed)
+    sampling.rows(1)  # complains before the model is loaded
+    return sampling
+
+
+def _print_text(generation, prompts, args):
+    """Print the prompts' continuations in order: the first one unfinished as it comes, those behind it when it is their turn."""
+    shown, pending = 0, [prompt if args.echo else "" for prompt in prompts]
+
+    def show():
+        nonlocal shown
+        while shown < len(prompts):
+            sys.stdout.write(pending[shown])
+            pending[shown] = ""
+            if not generation.finished(shown):
+                break
+            sys.stdout.write("\n")
+            shown += 1
+        sys.stdout.flush()
+
+    if args.json:
+        for _ in generation:
+            pass
+        return
+    try:
+        for row, piece in generation:
+            pending[row] += piece
+            show()
+    finally:
+        show()
+
+
+def _print_stats(stats):
+    def line(name, key, unit, digits=1):
+        value = stats[key]
+        print(f"{name:<16} {'-' if value is None else f'{value:,.{digits}f} {unit}'}", file=sys.stderr)
+
+    line("load", "load_s", "s", 2)
+    line("compile", "compile_s", "s", 2)
+    line("prefill", "prefill_tokens_per_s", "tokens/s")
+    line("decode", "decode_tokens_per_s", "tokens/s")
+    line("read per token", "bytes_per_token", "bytes", 0)
+    line("read", "gb_per_s", "GB/s", 2)
+    line("share of peak", "share_of_peak", "of the data sheet's bandwidth", 3)
+
+
+class _Callable(types.ModuleType):
+    """`jaxllm.generate` names both this module and the library's function: importing the one must not hide the other."""
+
+    __call__ = staticmethod(generate)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
+sys.modules[__name__].__class__ = _Callable

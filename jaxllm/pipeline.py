@@ -1,0 +1,195 @@
+"""Inference: token ids in, token ids out.  Prefill in bucketed pieces, decode in scanned chunks, one donated state.
+
+Nothing here knows files or text: the parameters may come from anywhere.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError
+from jaxllm.model import KVCache, Params, hidden_states, init_cache, logits
+from jaxllm.sampling import Sampling, sample
+
+CHUNK = 8  # tokens a decode call: enough to hide the host's work, few enough that text streams smoothly
+PIECE = 512  # tokens a prefill call at most: bounds the attention scores, [B, N, PIECE, S] float32
+SMALLEST = 16  # tokens of the smallest prefill call: below it, padding costs less than another compilation
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that decoding carries from token to token, on the device and donated.
+
+    cache: what the tokens so far left behind; token int32 [B]: the last token chosen, not in the cache yet;
+    seen bool [B, V]: the tokens that occurred in each row; step int32 [B]: how many tokens were chosen;
+    done bool [B]: the row met an end-of-sequence token, and its cache no longer grows.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    seen: jax.Array
+    step: jax.Array
+    done: jax.Array
+
+
+@partial(jax.jit, static_argnames=("config", "batch", "slots"))
+def init_state(config: ModelConfig, batch: int, slots: int) -> State:
+    """The State before any prompt: `batch` rows with room for `slots` tokens each."""
+    return State(
+        cache=init_cache(config, batch, slots),
+        token=jnp.zeros(batch, jnp.int32),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        step=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+    )
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def prefill(params: Params, config: ModelConfig, state: State, tokens, lengths, sampling: Sampling):
+    """Take in a piece of the prompts, tokens int32 [B, T] of which the first lengths [B] of each row are real.
+
+    Returns the state and the token int32 [B] chosen after each row's last real token so far: behind the last piece, the
+    first token of the answer.  A row whose prompt has ended takes part with length 0 and keeps its token.
+    """
+    hidden, cache = hidden_states(params, config, tokens, state.cache, lengths)
+    row = jnp.arange(tokens.shape[0])
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    seen = state.seen.at[row[:, None], tokens].max(real)
+    last = hidden[row, jnp.maximum(lengths - 1, 0)]
+    chosen = sample(logits(params, last), sampling, jnp.zeros_like(state.step), seen)
+    token = jnp.where(lengths > 0, chosen, state.token)
+    return State(cache, token, seen, jnp.ones_like(state.step), state.done), token
+
+
+@partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="state")
+def decode_chunk(params: Params, config: ModelConfig, state: State, sampling: Sampling, eos, steps: int):
+    """Choose `steps` more tokens for every row: the state and tokens int32 [B, steps], -1 behind an end-of-sequence token.
+
+    eos int32 [E] lists the tokens that end a row; the first one chosen is still returned.
+    """
+
+    def step(state, _):
+        row = jnp.arange(state.token.shape[0])
+        done = state.done | jnp.any(state.token[:, None] == eos, axis=-1)
+        seen = state.seen.at[row, state.token].set(True)
+        alive = jnp.where(done, 0, 1)  # a finished row's cache no longer grows
+        hidden, cache = hidden_states(params, config, state.token[:, None], state.cache, alive)
+        chosen = sample(logits(params, hidden[:, 0]), sampling, state.step, seen)
+        token = jnp.where(done, state.token, chosen)
+        return State(cache, token, seen, state.step + alive, done), jnp.where(done, -1, chosen)
+
+    state, tokens = jax.lax.scan(step, state, None, length=steps)
+    return state, tokens.T
+
+
+def bucket(count: int, smallest: int, largest: int) -> int:
+    """The smallest power of two from `smallest` up that holds `count`, or `largest` if that comes first."""
+    return min(max(smallest, 1 << (count - 1).bit_length()), largest)
+
+
+def generate_tokens(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    max_len: int | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[np.ndarray]:
+    """Continue every prompt: yields arrays int32 [B, n] of further tokens as they are read from the device.
+
+    prompts are B lists of token ids, of any lengths; a row gets the tokens that it would get alone.  A row ends at an
+    id of eos_ids, which is yielded, at max_new_tokens, or where prompt and answer fill max_len slots (by default the
+    context that the model was trained for); behind its end it yields -1.  The next chunk is dispatched before the last
+    one is read, so that the device does not wait for the host.
+    Raises InputError before anything is computed for an empty or too long prompt, an id outside the vocabulary or a
+    setting out of range.
+    """
+    limits = row_limits(config, prompts, max_new_tokens, max_len)
+    settings = sampling.rows(len(prompts))
+    return _generate(params, config, prompts, settings, limits, eos_ids, max_len or config.max_len, chunk)
+
+
+def row_limits(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, max_len: int | None = None):
+    """How many tokens each row of `generate_tokens` gets at most, int [B]; raises InputError for what cannot be run."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if max_len is not None and not 1 < max_len <= config.max_len:
+        raise InputError(f"max_len is {max_len}; it must be from 2 to {config.max_len}, the model's context")
+    if len(prompts) == 0:
+        raise InputError("there is no prompt; give at least one")
+    room = max_len or config.max_len
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise InputError(f"prompt {i} is empty; give it at least one token")
+        if len(prompt) >= room:
+            raise InputError(
+                f"prompt {i} has {len(prompt)} tokens, which leaves no room for an answer in a context of {room}; "
+                f"shorten it" + (f" or raise max_len (up to {config.max_len})" if room < config.max_len else "")
+            )
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise InputError(f"prompt {i} holds a token id outside the vocabulary, 0 to {config.vocab_size - 1}")
+    return np.array([min(max_new_tokens, room - len(prompt)) for prompt in prompts])
+
+
+def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
+    lengths = np.array([len(prompt) for prompt in prompts])
+    slots = bucket(int((lengths + limits).max()), 128, room)
+    state = init_state(config, len(prompts), slots)
+    for tokens, counts in _pieces(prompts, lengths, slots):
+        state, token = prefill(params, config, state, tokens, counts, sampling)
+
+    eos = np.array(sorted(eos_ids), np.int32)
+    ended = np.zeros(len(prompts), bool)
+    read = 0
+
+    def receive(tokens):
+        nonlocal ended, read
+        tokens = np.array(tokens)
+        tokens[np.arange(read, read + tokens.shape[1]) >= limits[:, None]] = -1
+        read += tokens.shape[1]
+        ended |= (tokens[:, -1] == -1) | np.isin(tokens, eos).any(axis=1) | (read >= limits)
+        return tokens
+
+    yield receive(token[:, None])  # at once: the first token need not wait until decoding is compiled
+    dispatched, waiting = 1, None
+    while not ended.all():
+        following = None
+        if dispatched < limits.max():
+            state, following = decode_chunk(params, config, state, sampling, eos, chunk)
+            dispatched += chunk
+        if waiting is not None:
+            yield receive(waiting)
+        waiting = following
+
+
+def _pieces(prompts, lengths, slots):
+    """Cut right-padded prompts into calls of `prefill`: (tokens [B, T], real lengths [B]), T from a few buckets."""
+    for start in range(0, int(lengths.max()), PIECE):
+        left = np.clip(lengths - start, 0, PIECE)
+        tokens = np.zeros((len(prompts), bucket(int(left.max()), SMALLEST, min(PIECE, slots))), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : left[row]] = prompt[start : start + left[row]]
+        yield tokens, left.astype(np.int32)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next process does not compile them again.
+
+    Leaves a cache that the user has set up (JAX_COMPILATION_CACHE_DIR or jax.config) alone.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "xla"))
+    # the default skips what compiles within a second, which is most of a small model's start
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

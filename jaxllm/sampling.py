@@ -1,0 +1,101 @@
+"""How the next token is chosen from the logits: settings are arrays, one value a row, so that none of them recompiles anything."""
+
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.errors import InputError
+
+_RANGES = {  # field -> (type, test, what is allowed)
+    "temperature": (np.float32, lambda v: (v >= 0) & (v < np.inf), "0 (greedy) or above"),
+    "top_k": (np.int32, lambda v: v >= 0, "0 (off) or above"),
+    "top_p": (np.float32, lambda v: (v > 0) & (v <= 1), "above 0 and at most 1 (off)"),
+    "min_p": (np.float32, lambda v: (v >= 0) & (v <= 1), "from 0 (off) to 1"),
+    "repetition_penalty": (np.float32, lambda v: (v > 0) & (v < np.inf), "above 0 (1 is off)"),
+    "seed": (np.uint32, lambda v: v >= 0, "from 0 to 4294967295"),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of `sample`: each a number for all rows, or one number a row.
+
+    temperature divides the logits, and 0 takes the most likely token.  top_k keeps the k most likely tokens, top_p the
+    fewest most likely ones whose probabilities reach p (Holtzman et al. 2020), min_p those at least p times as likely
+    as the most likely one (Nguyen et al. 2024); they apply in this order, after the temperature.  Tokens that tie with
+    the last one kept are kept.  repetition_penalty p makes tokens that occurred in the row less likely: positive
+    logits are divided by p, negative ones multiplied (Keskar et al. 2019).  seed fixes the draws of a row, whatever
+    batch it is in.
+    """
+
+    temperature: float | jax.Array = 0.8
+    top_k: int | jax.Array = 0
+    top_p: float | jax.Array = 1.0
+    min_p: float | jax.Array = 0.0
+    repetition_penalty: float | jax.Array = 1.0
+    seed: int | jax.Array = 0
+
+    def rows(self, batch: int) -> "Sampling":
+        """The same settings as arrays [batch].  Raises InputError for a value out of range or another number of rows."""
+        values = {}
+        for field in fields(self):
+            dtype, allowed, text = _RANGES[field.name]
+            given = np.asarray(getattr(self, field.name))
+            if given.shape not in ((), (batch,)):
+                raise InputError(
+                    f"{field.name} has shape {given.shape}; it must be one number, or one for each of the {batch} rows"
+                )
+            whole = np.issubdtype(dtype, np.integer)
+            with np.errstate(invalid="ignore"):
+                fits = (
+                    np.issubdtype(given.dtype, np.integer if whole else np.number)
+                    and allowed(given).all()
+                    and (not whole or (given <= np.iinfo(dtype).max).all())
+                )
+            if not fits:
+                raise InputError(f"{field.name} is {getattr(self, field.name)}; it must be {text}")
+            values[field.name] = np.broadcast_to(given.astype(dtype), (batch,))
+        return Sampling(**values)
+
+
+def sample(logits, sampling: Sampling, step, seen):
+    """Choose a token for each row of logits float32 [B, V]: int32 [B].
+
+    sampling holds arrays [B]; step int32 [B] numbers a row's draws, so that a draw depends on the row's seed and step
+    and on nothing else; seen bool [B, V] marks the tokens that occurred in the row, for the repetition penalty.
+    """
+    penalty = sampling.repetition_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw():
+        scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+        restricts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
+        kept = jax.lax.cond(restricts, lambda: _restrict(scaled, sampling), lambda: scaled)
+        floor = jnp.max(kept, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]  # log(0) = -inf keeps all
+        kept = jnp.where(kept >= floor, kept, -jnp.inf)
+        keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(sampling.seed, step)
+        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        return jnp.where(sampling.temperature > 0, drawn, greedy)
+
+    # the random numbers and the sort cost more than the rest of a small model: only where a row asks for them
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+
+
+def _restrict(logits, sampling):
+    """Logits [B, V] with those outside top-k and top-p at -inf."""
+    size = logits.shape[-1]
+    descending = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(size)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)[:, None]
+    in_k = rank < k
+    p = jax.nn.softmax(jnp.where(in_k, descending, -jnp.inf), axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p  # the probability of all likelier tokens
+    top_p = sampling.top_p[:, None]
+    in_p = (before < top_p) | (top_p >= 1)  # a sum of float32 may reach 1 before the last token
+    last = jnp.sum(in_k & in_p, axis=-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(descending, last, axis=-1)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
