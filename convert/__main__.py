@@ -1,5 +1,6 @@
 """`python -m jaxllm.convert SOURCE OUT`: a checkpoint into a model folder."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
     args = parser.parse_args(argv)
 
-    if not args.source.is_dir():
+    if not os.path.isdir(args.source):
         raise ModelError(f"{args.source}: no such folder; SOURCE is the folder of Meta's checkpoint")
     if args.out.resolve() == args.source.resolve() or args.out.resolve() in args.source.resolve().parents:
         raise InputError(f"OUT {args.out} is or contains SOURCE {args.source}; choose another folder")
@@ -37,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
 
     shapes = parameter_shapes(abstract_params(config, args.quantize is not None)).values()
     total = sum(shape.size * shape.dtype.itemsize for shape in shapes)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"{args.source.name} -> {args.out}") as bar:
+    name = f"{args.source.name} -> {args.out}"
+    # delay and leave: what is refused is told in one line, without a bar above it
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, delay=1, leave=False) as bar:
         save(
             args.out,
             config,

@@ -5,8 +5,10 @@ copies.  Source: fairscale's parallel layers as used by `llama/model.py` of each
 """
 
 import json
+import mmap
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,14 +60,20 @@ class Sharded:
         return tuple(shape)
 
     def rows(self, start, stop):
-        """Rows start to stop of the whole tensor, as an array."""
-        if self.axis:
-            return np.concatenate([piece[start:stop] for piece in self.slices], axis=self.axis)
+        """Rows start to stop of the whole tensor, as an array of its own."""
         found, first = [], 0
         for piece in self.slices:
-            found.append(piece[max(start - first, 0) : max(stop - first, 0)])
-            first += len(piece)
-        return np.concatenate(found)
+            if self.axis:
+                found.append(piece[start:stop])
+            else:
+                found.append(piece[max(start - first, 0) : max(stop - first, 0)])
+                first += len(piece)
+        rows = np.concatenate(found, axis=self.axis)
+        for piece in self.slices:
+            # pages of a mapped file that were read count as this process's memory until they are given back
+            with suppress(AttributeError):  # on Windows
+                piece.base.madvise(mmap.MADV_DONTNEED)
+        return rows
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All rows, a bounded number at a time."""
@@ -77,8 +85,8 @@ class Sharded:
 def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str | None = None) -> Checkpoint:
     """Open the folder of a Meta checkpoint.
 
-    dtype is what float weights are to be stored as, by default what they are.  The tokenizer is looked for in the folder
-    and in the one above, where Meta's download put it.
+    dtype is what float weights are to be stored as, by default what they are.  The tokenizer is looked for in the
+    folder and in the one above, where Meta's download put it.
     Raises ModelError naming the file when something is missing, or sizes contradict each other or params.json.
     """
     settings = _read_params_json(source / "params.json")
@@ -89,7 +97,10 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
         if len(stored) > 1:
             raise ModelError(f"{source} mixes weights of {', '.join(sorted(stored))}; choose one with --dtype")
         dtype = stored.pop()
-    config = ModelConfig.from_json(config | {"dtype": dtype})
+    try:
+        config = ModelConfig.from_json(config | {"dtype": dtype})
+    except ModelError as error:
+        raise ModelError(f"{source / 'params.json'} and the tensors beside it make no LLaMA: {error}") from None
     return Checkpoint(config, _weights(config, tensors), tokenizer_file or _find_tokenizer(source))
 
 
@@ -115,8 +126,8 @@ def _read_params_json(file):
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         unknown = name == "vocab_size" and value == -1  # LLaMA 1 and 2 leave it to the tokenizer
-        if not number or (kind is int and value != int(value)) or not (0 < value < 1e12 or unknown):
-            raise ModelError(f"{file} has {name}={value!r}, which must be a number above 0; is it complete?")
+        if not number or not (0 < value < 1e12 or unknown) or (kind is int and value != int(value)):
+            raise ModelError(f"{file} has {name}={str(value)[:40]}, which must be a number above 0; is it complete?")
     if settings["dim"] % settings["n_heads"]:
         raise ModelError(
             f"{file} has n_heads={settings['n_heads']}, which does not divide dim={settings['dim']}; is it complete?"
@@ -129,9 +140,9 @@ def _read_shards(source):
     found = {int(m[1]): f for f in source.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
     if not found:
         raise ModelError(f"{source} holds no consolidated.NN.pth; it is not a checkpoint as Meta ships them")
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
-        raise ModelError(f"{source / f'consolidated.{missing[0]:02}.pth'} is missing; download all shards")
+    missing = next(n for n in range(len(found) + 1) if n not in found)
+    if missing < max(found):
+        raise ModelError(f"{source / f'consolidated.{missing:02}.pth'} is missing; download all shards")
     shards = [(found[n], pth.read(found[n])) for n in sorted(found)]
     first_file, first = shards[0]
     for file, tensors in shards[1:]:
@@ -148,17 +159,17 @@ def _read_shards(source):
 
 
 def _join(source, settings, shards):
-    """The config as a dict, from the tensors' sizes checked against params.json, and all tensors as Sharded, by Meta's names."""
+    """The config as a dict, from the tensors' sizes checked against params.json, and the tensors, by Meta's names."""
     n_layers, n_heads = int(settings["n_layers"]), int(settings["n_heads"])
     dim = int(settings["dim"])
     head_dim = dim // n_heads
     held = {m[1] for name in shards[0][1] if (m := re.match(r"layers\.(\d+)\.", name))}
     if len(held) != n_layers:
         raise ModelError(f"{shards[0][0]} has {len(held)} layers, and params.json n_layers={n_layers}; is it complete?")
-    columns = shards[0][1].get("tok_embeddings.weight", np.empty((0, 0))).shape[-1]
+    columns = shards[0][1].get("tok_embeddings.weight", np.empty(0)).shape[-1:]
     axes = {"norm.weight": None, "output.weight": 0}
     # LLaMA 1 and 2 split the embedding's columns, LLaMA 3 its rows
-    axes["tok_embeddings.weight"] = 0 if columns == dim else 1
+    axes["tok_embeddings.weight"] = 0 if columns == (dim,) else 1
     for i in range(n_layers):
         axes |= {f"layers.{i}.{name}": axis for name, axis in _LAYER.items()}
     tied = "output.weight" not in shards[0][1]
@@ -180,7 +191,7 @@ def _join(source, settings, shards):
     extra = sorted(n for n in shards[0][1].keys() - axes.keys() if not n.endswith("rope.freqs"))
     if extra:
         raise ModelError(
-            f"{shards[0][0]} has {extra[0]!r}, which a LLaMA with n_layers={n_layers} does not have; is it another family?"
+            f"{shards[0][0]} has {extra[0]!r}, which no LLaMA with n_layers={n_layers} has; is it another family?"
         )
 
     vocab_size = tensors["tok_embeddings.weight"].shape[0]
@@ -232,7 +243,7 @@ def _join(source, settings, shards):
 
 def _ffn_dim(settings):
     """The ffn width that Meta's code computes from params.json; None where that does not say enough."""
-    if "multiple_of" not in settings:
+    if settings.get("multiple_of") is None:
         return None
     multiple = int(settings["multiple_of"])
     width = int(2 * 4 * int(settings["dim"]) / 3)
@@ -242,7 +253,7 @@ def _ffn_dim(settings):
 
 
 def _max_len(settings):
-    """The context in tokens that the model was trained for: params.json does not say it, the other values betray the release."""
+    """The context in tokens that the model was trained for: not in params.json, but its values betray the release."""
     theta = settings.get("rope_theta") or 10000.0
     if settings.get("max_seq_len"):
         return int(settings["max_seq_len"])
@@ -259,8 +270,8 @@ def _max_len(settings):
 def _rope_scaling(settings):
     if not settings.get("use_scaled_rope"):
         return None
-    # 3.1 and 3.3 stretch by 8, which is what Meta's code does for all; 3.2's text models, known by their width, by 32 in
-    # the config.json that Meta published for them
+    # 3.1 and 3.3 stretch by 8, which is what Meta's code does for all; 3.2's text models, known by their width, by 32
+    # in the config.json that Meta published for them
     factor = settings.get("rope_scaling_factor") or (32.0 if settings["dim"] <= 3072 else 8.0)
     return vars(RopeScaling(factor=float(factor)))
 
@@ -276,7 +287,7 @@ def _find_tokenizer(source):
     for folder in (source, source.parent):
         if (folder / TOKENIZER).is_file():
             return folder / TOKENIZER
-    raise ModelError(f"{source / TOKENIZER} is missing, and is not in the folder above either; name it with --tokenizer")
+    raise ModelError(f"{source / TOKENIZER} is missing, and not in the folder above either; name it with --tokenizer")
 
 
 def _weights(config, tensors):

@@ -1,4 +1,4 @@
-"""What goes wrong through the caller's input, and how a command tells it; everything else that is raised is a bug of ours."""
+"""What goes wrong through the caller's input, and how a command tells it; whatever else is raised is a bug of ours."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 
 class InputError(ValueError):
-    """A prompt, a setting or a flag is not usable.  The message is one line: what was got, what is allowed, what to do."""
+    """A prompt, a setting or a flag is not usable.  The message is a line: what was got, what is allowed, a remedy."""
 
 
 class ModelError(InputError):
@@ -22,7 +22,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> int:
-    """Run a command on sys.argv: its exit status is 0 for done, 2 for an InputError (told in one line), 130 for Ctrl-C."""
+    """Run a command on sys.argv: its exit status is 0 for done, 2 for an InputError (told in a line), 130 on Ctrl-C."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

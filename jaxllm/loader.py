@@ -1,4 +1,4 @@
-"""Model folders: config.json, *.safetensors and the tokenizer's own file; read through memory maps, written as a stream.
+"""Model folders: config.json, *.safetensors and the tokenizer's own file; memory-mapped to read, written as a stream.
 
 safetensors: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Weight:
-    """A float tensor that is read when it is written: blocks() yields its rows, [n, in] at a time (a norm's [D] at once)."""
+    """A float tensor that is read when it is written: blocks() yields rows, [n, in] at a time (of a norm [D], all)."""
 
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[np.ndarray]]
@@ -83,8 +84,8 @@ def load(path=None, quantize: str | None = None, dtype: str | None = None, token
     tokenizer_file = Path(tokenizer or path / TOKENIZER)
     reader = load_tokenizer(tokenizer_file)
     check_vocabulary(reader, tokenizer_file, config)
+    tensors = _read_tensors(path, config, quantized)
     abstract = abstract_params(config, quantized)
-    tensors = _read_tensors(path, parameter_shapes(abstract))
 
     if dtype is None:
         dtype = "float32" if config.dtype == "float32" or jax.default_backend() == "cpu" else "bfloat16"
@@ -138,7 +139,7 @@ def _read_config(path):
     except (ValueError, RecursionError, OSError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}; convert the model again") from None
     if not isinstance(text, dict) or text.get("format") != "jaxllm":
-        raise ModelError(f"{file} is not jaxllm's: it does not say \"format\": \"jaxllm\"; convert the checkpoint first")
+        raise ModelError(f'{file} is not jaxllm\'s: it has no "format": "jaxllm"; convert the checkpoint first')
     if text.get("format_version") != FORMAT_VERSION:
         raise ModelError(
             f"{file} has format_version={text.get('format_version')!r}, and this jaxllm reads {FORMAT_VERSION}; "
@@ -146,35 +147,42 @@ def _read_config(path):
         )
     quantization = text.get("quantization")
     if quantization not in (None, "int8"):
-        raise ModelError(f"{file} has quantization={quantization!r}; this jaxllm reads null and \"int8\"")
+        raise ModelError(f"{file} has quantization={quantization!r}; this jaxllm reads null and 'int8'")
     try:
         return ModelConfig.from_json(text.get("config")), quantization == "int8"
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
 
 
-def _read_tensors(path, expected):
-    """Views of all tensors in a folder's *.safetensors, checked against the expected names, shapes and dtypes."""
+def _read_tensors(path, config, quantized):
+    """Views of all tensors in a folder's *.safetensors, checked against the names, shapes and dtypes of the config."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{path} has a config.json but no *.safetensors; convert the checkpoint again")
+    found = [(file, name, array) for file in files for name, array in read_safetensors(file).items()]
+    if config.n_layers > len(found):  # before names are made for so many
+        raise ModelError(
+            f"{path / 'config.json'} has n_layers={config.n_layers}, but the *.safetensors hold {len(found)} tensors; "
+            f"convert the checkpoint again"
+        )
+    expected = parameter_shapes(abstract_params(config, quantized))
     tensors = {}
-    for file in files:
-        for name, array in read_safetensors(file).items():
-            if name in tensors or name not in expected:
-                what = "a second time" if name in tensors else "which this model does not have"
-                raise ModelError(f"{file} holds tensor {name!r} {what}; convert the checkpoint again")
-            want = expected[name]
-            if array.shape != want.shape or array.dtype != want.dtype:
-                raise ModelError(
-                    f"{file}: {name} is {array.dtype}{list(array.shape)}, but config.json makes it "
-                    f"{want.dtype}{list(want.shape)}; convert the checkpoint again"
-                )
-            tensors[name] = array
+    for file, name, array in found:
+        if name in tensors or name not in expected:
+            what = "a second time" if name in tensors else "which this model does not have"
+            raise ModelError(f"{file} holds tensor {name[:100]!r} {what}; convert the checkpoint again")
+        want = expected[name]
+        if array.shape != want.shape or array.dtype != want.dtype:
+            raise ModelError(
+                f"{file}: {name} is {array.dtype}{list(array.shape)}, but config.json makes it "
+                f"{want.dtype}{list(want.shape)}; convert the checkpoint again"
+            )
+        tensors[name] = array
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ModelError(
-            f"{path}: {len(missing)} tensors are in no *.safetensors, {missing[0]!r} first; convert the checkpoint again"
+            f"{path}: {len(missing)} tensors are in no *.safetensors, {missing[0]!r} first; convert the checkpoint "
+            f"again"
         )
     return tensors
 
@@ -182,8 +190,8 @@ def _read_tensors(path, expected):
 def read_safetensors(file) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, as read-only views into a memory map: nothing is read until it is used.
 
-    The header is not trusted: raises ModelError when it is not JSON, or an entry has an unknown dtype, a wrong size,
-    or a place outside the file or shared with another tensor.
+    The header is not trusted: raises ModelError when it is not JSON, or an entry has an unknown dtype or a wrong size,
+    or the tensors do not fill the rest of the file without gap or overlap.
     """
     file = Path(file)
 
@@ -202,7 +210,7 @@ def read_safetensors(file) -> dict[str, np.ndarray]:
     if length > min(size - 8, MAX_HEADER):
         raise damaged(f"it claims a header of {length} bytes, and the file has {size}")
     try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique_keys)
+        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise damaged(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -212,21 +220,27 @@ def read_safetensors(file) -> dict[str, np.ndarray]:
     start = 8 + length
     tensors, spans = {}, []
     for name, entry in header.items():
+        shown = repr(name[:100])
         try:
             dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             sizes = [*shape, begin, end]
         except (KeyError, TypeError, ValueError):
-            raise damaged(f"its entry for {name!r} is {str(entry)[:200]!r}") from None
-        if not all(type(n) is int and 0 <= n < 2**63 for n in sizes) or len(shape) > 8:
-            raise damaged(f"its entry for {name!r} has shape {str(shape)[:200]} at {begin!r} to {end!r}")
+            raise damaged(f"its entry for {shown} is {str(entry)[:200]!r}") from None
+        whole = type(shape) is list and len(shape) <= 8 and all(type(n) is int and n >= 0 for n in sizes)
+        # NumPy takes no [0, 2**63] either
+        if not whole or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
+            raise damaged(f"its entry for {shown} is {str(entry)[:200]!r}")
         if end - begin != math.prod(shape) * dtype.itemsize or end > size - start:
-            raise damaged(f"{name!r} is {entry['dtype']}{shape} at bytes {begin} to {end} of {size - start}")
-        spans.append((begin, end, name))
+            raise damaged(f"{shown} is {entry['dtype']}{shape} at bytes {begin} to {end} of {size - start}")
+        spans.append((begin, end, shown))
         tensors[name] = np.frombuffer(data, np.uint8, end - begin, start + begin).view(dtype).reshape(shape)
-    spans.sort()
-    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise damaged(f"{name!r} and {other!r} overlap")
+    filled = 0
+    for begin, end, shown in sorted(spans):
+        if begin != filled:
+            raise damaged(f"{shown} begins at byte {begin}, and what lies before it ends at byte {filled}")
+        filled = end
+    if filled != size - start:
+        raise damaged(f"its tensors end at byte {filled} of {size - start}")
     return tensors
 
 
@@ -245,24 +259,26 @@ def save(
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Write a model folder from float weights, by name as in `parameter_shapes(abstract_params(config))`, block by block.
+    """Write a model folder from float weights, named as `parameter_shapes(abstract_params(config))`, block by block.
 
-    Matrices are quantized with quantize="int8", and else stored in config.dtype, like the norms.  progress is called with
-    the number of bytes written, again and again.  The folder appears under its name when it is whole; whatever goes
-    wrong before leaves nothing behind.  An existing model folder is replaced only with overwrite, anything else never.
+    Matrices are quantized with quantize="int8", and else stored in config.dtype, like the norms.  progress is called
+    with the number of bytes written, again and again.  The folder appears under its name when it is whole; whatever
+    goes wrong before leaves nothing behind.  An existing model folder is replaced only with overwrite, and anything
+    else never.
     Raises ModelError when the folder exists or cannot be written, or a weight is not finite or too large for the dtype.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         if not overwrite:
             raise ModelError(f"{path} exists; choose another folder, or replace the model in it with --overwrite")
-        if not (path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())):
+        if not _may_be_replaced(path):
             raise ModelError(f"{path} is not a model folder, so --overwrite does not replace it; choose another folder")
     expected = parameter_shapes(abstract_params(config))
     shapes = parameter_shapes(abstract_params(config, quantize is not None))
     assert weights.keys() == expected.keys() and all(weights[n].shape == expected[n].shape for n in expected)
     header, offsets, total = _safetensors_header(shapes)
 
+    new = [folder for folder in path.parents if not os.path.exists(folder)]  # from the innermost
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,25 +292,57 @@ def save(
         with (temporary / "model.safetensors").open("wb") as file:
             file.write(header)
             for name, weight in weights.items():
-                _write_weight(file, name, weight, config, offsets, progress)
+                try:
+                    _write_weight(file, name, weight, config, offsets, progress)
+                except ValueError as error:
+                    raise ModelError(f"{path} was not written: {name} {error}") from None
             file.truncate(total)  # an empty tensor at the end writes nothing
         shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
-        text = {"format": "jaxllm", "format_version": FORMAT_VERSION, "quantization": quantize, "config": config.to_json()}
+        text = {"format": "jaxllm", "format_version": FORMAT_VERSION, "quantization": quantize}
+        text["config"] = config.to_json()
         # last: a folder without it is not a model
         (temporary / "config.json").write_text(json.dumps(text, indent=2) + "\n")
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        _put_in_place(temporary, path)
+        new = []
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror}; nothing was left behind") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for folder in new:
+            with suppress(OSError):  # not made after all, or used by someone else
+                folder.rmdir()
+
+
+def _may_be_replaced(path):
+    """Whether a path is a model folder, whatever its version, or an empty folder."""
+    try:
+        if not any(path.iterdir()):
+            return True
+        text = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(text, dict) and text.get("format") == "jaxllm"
+
+
+def _put_in_place(folder, path):
+    """Rename a folder to path; what is there stays there when that fails, and else is removed."""
+    if not os.path.lexists(path):
+        folder.rename(path)
+        return
+    old = folder.with_name(f"{folder.name}-old")
+    try:
+        path.rename(old)
+        folder.rename(path)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask():
@@ -304,7 +352,7 @@ def _umask():
 
 
 def _safetensors_header(shapes):
-    """The header for tensors of these shapes and dtypes, where each one's bytes start in the file, and the file's size."""
+    """The header for tensors of these shapes and dtypes, where the bytes of each start in the file, the file's size."""
     code = {dtype: name for name, dtype in _DTYPES.items()}
     size = {name: math.prod(s.shape) * s.dtype.itemsize for name, s in shapes.items()}
     entries, begin = {}, 0
@@ -320,11 +368,12 @@ def _safetensors_header(shapes):
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)  # padding with spaces is part of the format
     start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {n: start + e["data_offsets"][0] for n, e in entries.items()}, start + begin
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    return len(text).to_bytes(8, "little") + text, offsets, start + begin
 
 
 def _write_weight(file, name, weight, config, offsets, progress):
-    """Write one weight's blocks to where the header puts them, as int8 values and scales if it has a place for these."""
+    """Write a weight's blocks to where the header puts them, as int8 values and scales if it has a place for these."""
     written = {}
 
     def put(part, array):
@@ -334,16 +383,13 @@ def _write_weight(file, name, weight, config, offsets, progress):
         written[part] = written.get(part, 0) + raw.nbytes
         progress(raw.nbytes)
 
-    try:
-        for block in weight.blocks():
-            if name in offsets:
-                put(name, _cast(block, config.dtype))
-            else:
-                quantized = quantize_weight(block)
-                put(f"{name}.values", quantized.values)
-                put(f"{name}.scale", quantized.scale)
-    except ValueError as error:
-        raise ModelError(f"{name} {error}") from None
+    for block in weight.blocks():
+        if name in offsets:
+            put(name, _cast(block, config.dtype))
+        else:
+            quantized = quantize_weight(block)
+            put(f"{name}.values", quantized.values)
+            put(f"{name}.scale", quantized.scale)
 
 
 def _cast(block, dtype):
@@ -351,6 +397,7 @@ def _cast(block, dtype):
         return block
     with np.errstate(over="ignore"):
         cast = block.astype(dtype)
-    if not np.isfinite(cast.astype(np.float32)).all():
+    lost = ~np.isfinite(cast)
+    if lost.any() and np.isfinite(block[lost]).any():
         raise ValueError(f"holds a number that {dtype} cannot express; choose another --dtype")
     return cast

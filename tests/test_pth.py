@@ -29,7 +29,7 @@ from jaxllm.errors import ModelError
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINTS = sorted(DATA.glob("llama*/*.pth"))
-FUZZ = settings(max_examples=300, derandomize=True, deadline=None, database=None)
+FUZZ = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 
 # torch.save without torch: Python's own pickler, and stand-ins for the few things of torch that a state_dict refers to
 
@@ -364,6 +364,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, protocol, place):
         (b"ctorch\nHalfTensor\n.", "'torch.HalfTensor'"),
         (b"ctorch._utils\n_rebuild_parameter\nK\1K\1K\1\x87R.", "a int in place of a _Tensor"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "missing 6"),
+        (b"}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n(K\1K\0))NNtRs.", "a int in place of a _Storage"),
         (b"\x82\1.", "EXT1"),
         (b"Pid\n.", "PERSID"),
         (b"NQ.", "in place of a tuple"),
@@ -442,6 +443,13 @@ def nested_tuples(depth):
     return value
 
 
+def nested_tensors(depth):
+    tensor = Tensor()
+    for _ in range(depth):
+        tensor = Tensor(size=(tensor, tensor))
+    return tensor
+
+
 SHARED = pickle.dumps(nested_tuples(200), 2)[2:-1]
 
 
@@ -478,8 +486,7 @@ SHARED = pickle.dumps(nested_tuples(200), 2)[2:-1]
         (pickled({"\ud800": Tensor()}), r"'\ud800'"),
         (pickled({"a": Tensor(size=nested_tuples(200))}), "up to 8 sizes and strides"),
         (pickled({"a": Tensor(size=(nested_tuples(200),) * 2)}), "size (((...), (...)), "),
-        (pickled({"a": Tensor(size=(Tensor(size=(Tensor(),)), 1))}), "up to 8 sizes and strides"),
-        (b"N" * 1_000_000 + b".", "more than the allowed 1000000 opcodes"),
+        (pickled({"a": nested_tensors(50)}), "up to 8 sizes and strides"),
         (b"(" * 1_000_000 + b".", "more than the allowed 1000000 opcodes"),
         (b")" + b"\x85" * 1_000_000 + b".", "more than the allowed 1000000 opcodes"),
         (b"X\0\0\x80\0" + b"a" * (8 << 20) + b".", "8388614 bytes, allowed are 8388608"),
@@ -728,14 +735,14 @@ def mutated(draw, content):
     return bytes(content)
 
 
-@settings(FUZZ, max_examples=700)
+@settings(FUZZ, max_examples=500)
 @given(st.data())
 def test_mutated_files(path, valid, data):
     path.write_bytes(mutated(data.draw, data.draw(st.sampled_from(valid))))
     outcome(path)
 
 
-@settings(FUZZ, max_examples=700)
+@settings(FUZZ, max_examples=500)
 @given(st.data())
 def test_mutated_directories(path, valid, data):
     content = data.draw(st.sampled_from(valid))
@@ -747,7 +754,7 @@ def test_mutated_directories(path, valid, data):
 PICKLES = [pickled(OrderedDict(a=Tensor(), b=Tensor((3, 2), (1, 3), parameter=True)), p) for p in (2, 3, 4, 5)]
 
 
-@settings(FUZZ, max_examples=700)
+@settings(FUZZ, max_examples=500)
 @given(st.data())
 def test_mutated_pickles(path, data):
     outcome(save(path, data_pkl=mutated(data.draw, data.draw(st.sampled_from(PICKLES)))))
@@ -768,7 +775,7 @@ PIECES = [bytes([code]) for code in b"()]}.abesu0NQRtll\x81\x85\x86\x87\x88\x89\
 PIECES += [*SMALL, *GLOBALS, *STRINGS, STORAGE, GLOBALS[1] + ARGUMENTS, STRINGS[3] + GLOBALS[1] + ARGUMENTS + b"s"]
 
 
-@settings(FUZZ, max_examples=700)
+@settings(FUZZ, max_examples=500)
 @given(st.lists(st.sampled_from(PIECES) | st.binary(min_size=1, max_size=2), max_size=40))
 def test_random_opcodes(path, pieces):
     outcome(save(path, data_pkl=b"\x80\2}" + b"".join(pieces) + b"."))
@@ -784,7 +791,7 @@ VALUES_BESIDE = st.recursive(
 NAMES = st.text(st.characters(categories=["L", "N", "P"]), max_size=10)
 
 
-@FUZZ
+@settings(FUZZ, max_examples=100)
 @given(st.dictionaries(NAMES, st.just(Tensor()) | VALUES_BESIDE, max_size=8), st.integers(2, 5))
 def test_values_beside_tensors_are_ignored(path, state_dict, protocol):
     tensors = pth.read(save(path, data_pkl=pickled(state_dict, protocol)))
