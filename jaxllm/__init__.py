@@ -1,9 +1,9 @@
 """jaxllm: LLaMA inference in JAX, fast on GPUs, and a pure function throughout.
 
-    import jaxllm
-    model = jaxllm.load()  # the small model inside the package; or a folder that `python -m jaxllm.convert` wrote
-    for piece in jaxllm.stream(model, "To be, or not to be"):
-        print(piece, end="", flush=True)
+>>> import jaxllm
+>>> model = jaxllm.load()  # the small model inside the package; or a folder that `python -m jaxllm.convert` wrote
+>>> for piece in jaxllm.stream(model, "To be, or not to be"):
+...     print(piece, end="", flush=True)
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a LLaMA is: a frozen record of sizes and constants.  Every variant is a value of it; the released ones have names."""
+"""What a LLaMA is: a frozen record of sizes and constants, of which every variant is a value; some have names."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -92,7 +92,8 @@ class ModelConfig:
                 values = values | {"rope_scaling": RopeScaling(**scaling)}
             return ModelConfig(**values)
         except TypeError as error:  # a name that is missing or that we do not know; Python's message names it
-            raise ModelError(f"config does not fit this version of jaxllm: {str(error).split('__init__() ')[-1]}") from None
+            what = str(error).split("__init__() ")[-1]
+            raise ModelError(f"config does not fit this version of jaxllm: {what}") from None
 
 
 def _require_positive(where, name, value, whole=False):

@@ -1,7 +1,6 @@
 """Text generation: the library's `generate` and `stream`, and the command `python -m jaxllm.generate`."""
 
 import json
-import os
 import sys
 import time
 import types
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxllm.errors import ArgumentParser, InputError, run_command
 from jaxllm.loader import DEMO, Model, load
@@ -53,7 +52,7 @@ class Result:
 
 
 class Generation:
-    """A batch of prompts being continued: iterate for (row, text) pieces as they come; `results` holds what there is so far.
+    """A batch of prompts being continued: iterate for (row, text) pieces as they come; `results` is what came so far.
 
     Arguments as in `generate`.  The pieces of a row joined are its text.
     """
@@ -142,10 +141,11 @@ class Generation:
 
     @property
     def stats(self) -> dict:
-        """Speed of the whole batch: compile_s, prefill_tokens_per_s, decode_tokens_per_s, bytes_per_token, gb_per_s, share_of_peak.
+        """Speed of the whole batch, as a dict of numbers.
 
-        Rates leave compilation out.  bytes_per_token is what decoding a token has to read at least, weights and filled
-        cache; share_of_peak sets gb_per_s against the device's data sheet.  What was not measured is None.
+        compile_s, prefill_tokens_per_s and decode_tokens_per_s (compilation left out), bytes_per_token (the least that
+        decoding a token has to read: weights and filled cache), gb_per_s, and share_of_peak, gb_per_s over the
+        bandwidth in the device's data sheet.  What was not measured is None.
         """
         stats = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s", "gb_per_s", "share_of_peak"))
         stats |= {"compile_s": self._times[-1][1] - self._times[0][1] if self._times else None}
@@ -168,7 +168,7 @@ class Generation:
             weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(params.embed))
         # halfway through the answer
         filled = sum(len(ids) + len(tokens) // 2 for ids, tokens in zip(self._ids, self._tokens, strict=True))
-        slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+        slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
         return (weights + filled * slot) // len(self._ids)
 
 
@@ -219,7 +219,8 @@ class _Compiling:
 
     def _listen(self, event, seconds, fun_name="", **_):
         # only the outermost: the functions traced inside a program report their own time once more
-        if event.startswith("/jax/core/compile/") and any(n in fun_name for n in ("init_state", "prefill", "decode_chunk")):
+        ours = any(name in fun_name for name in ("init_state", "prefill", "decode_chunk"))
+        if ours and event.startswith("/jax/core/compile/"):
             self.seconds += seconds
 
 
@@ -310,7 +311,7 @@ def _sampling(args):
 
 
 def _print_text(generation, prompts, args):
-    """Print the prompts' continuations in order: the first one unfinished as it comes, those behind it when it is their turn."""
+    """Print the continuations in order: the first unfinished one as it comes, those behind it when it is their turn."""
     shown, pending = 0, [prompt if args.echo else "" for prompt in prompts]
 
     def show():
@@ -351,7 +352,7 @@ def _print_stats(stats):
 
 
 class _Callable(types.ModuleType):
-    """`jaxllm.generate` names both this module and the library's function: importing the one must not hide the other."""
+    """`jaxllm.generate` names both this module and the library's function: importing one must not hide the other."""
 
     __call__ = staticmethod(generate)
 

@@ -47,7 +47,7 @@ class Params:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far: k and v are L arrays [B, K, S, H], length int32 [B] counts the filled slots."""
+    """Keys and values of the tokens so far: k and v are L arrays [B, K, S, H], length int32 [B] counts filled slots."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -84,9 +84,9 @@ def abstract_params(config: ModelConfig, quantized: bool = False) -> Params:
 
 
 def init_params(config: ModelConfig, key) -> Params:
-    """Random Params to train from: norms 1, matrices normal with deviation 0.02, those that end a residual branch smaller by sqrt(2L).
+    """Random Params to train from: norms 1, matrices normal with deviation 0.02.
 
-    Radford et al. 2019, section 2.3.
+    Those that end a residual branch are smaller by sqrt(2L): Radford et al. 2019, section 2.3.
     """
     shapes, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     arrays = []
@@ -167,7 +167,7 @@ def _block(layer, config, x, positions, cos, sin, slots):
         row = jnp.arange(x.shape[0])[:, None]
         # "drop": padding may reach beyond the last slot, where clamping would overwrite a filled one
         k, v = (s.at[row, :, positions].set(new, mode="drop") for s, new in zip(slots, (k, v), strict=True))
-        # without the barrier XLA redoes the update inside the attention's loop, and copies the whole cache to be able to
+        # without the barrier XLA redoes the update inside the attention's loop, and copies the whole cache for that
         k, v = jax.lax.optimization_barrier((k, v))
     attended = ops.attention(q, k, v, positions)
     x = x + ops.matmul(attended.reshape(*x.shape[:2], -1), layer.wo).astype(x.dtype)

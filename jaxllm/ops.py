@@ -40,11 +40,11 @@ def embed(tokens, table: Array, dtype):
 
 
 def check_implementations(spec: str) -> None:
-    """Check an `--impl` value: `auto`, an implementation's name, or `OP=IMPL,...`.  Raises InputError for any that is not there."""
+    """Raise InputError unless spec is `auto`, the name of an implementation, or `OP=IMPL,...`, all of them there."""
     names = sorted({name for table in IMPLEMENTATIONS.values() for name in table})
     for part in spec.split(","):
         op, _, name = part.rpartition("=")
         if op and op not in IMPLEMENTATIONS:
             raise InputError(f"there is no op called {op!r}; there are {', '.join(IMPLEMENTATIONS)}")
         if name not in ("auto", *(IMPLEMENTATIONS[op] if op else names)):
-            raise InputError(f"implementation {name!r} is not in this version of jaxllm; there are auto, {', '.join(names)}")
+            raise InputError(f"implementation {name!r} is not in this jaxllm; there are auto, {', '.join(names)}")

@@ -66,12 +66,12 @@ def prefill(params: Params, config: ModelConfig, state: State, tokens, lengths, 
     last = hidden[row, jnp.maximum(lengths - 1, 0)]
     chosen = sample(logits(params, last), sampling, jnp.zeros_like(state.step), seen)
     token = jnp.where(lengths > 0, chosen, state.token)
-    return State(cache, token, seen, jnp.ones_like(state.step), state.done), token
+    return State(cache, token, seen, jnp.where(lengths > 0, 1, state.step), state.done), token
 
 
 @partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="state")
 def decode_chunk(params: Params, config: ModelConfig, state: State, sampling: Sampling, eos, steps: int):
-    """Choose `steps` more tokens for every row: the state and tokens int32 [B, steps], -1 behind an end-of-sequence token.
+    """Choose `steps` more tokens for every row: the state and tokens int32 [B, steps], -1 behind an end of sequence.
 
     eos int32 [E] lists the tokens that end a row; the first one chosen is still returned.
     """

@@ -11,7 +11,7 @@ class QTensor:
     """A weight as int8: `values * scale[..., None]` approximates the original.
 
     values int8 [*out, in], scale float32 [*out]: one scale an output channel.  `out` may be several axes (a fused
-    weight keeps its parts apart); seen as a matrix it is always [out, in].  A pytree: jit, donation and sharding see two arrays.
+    weight keeps its parts apart); seen as a matrix it is always [out, in].  A pytree: transformations see two arrays.
     """
 
     values: jax.Array

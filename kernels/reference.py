@@ -9,7 +9,21 @@ import jax.numpy as jnp
 
 # XLA's default lets a GPU multiply float32 in tf32, which keeps 10 bits of the mantissa
 EXACT = jax.lax.Precision.HIGHEST
-FEW_ROWS = 8  # up to here a product with a weight is bound by reading the weight, not by arithmetic
+FEW_ROWS = 8  # up to here a CPU takes longer to convert a weight than to multiply by it
+
+
+def _einsum(spec, a, b):
+    """The einsum of a and b, of one type, with products and sums in float32."""
+
+    def multiply(a, b):
+        return jnp.einsum(spec, a, b, precision=EXACT, preferred_element_type=jnp.float32)
+
+    if a.dtype == jnp.float32:
+        return multiply(a, b)
+    # XLA's CPU backend has no product of bfloat16 that sums in float32; on GPUs that is what tensor cores do
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: multiply(a.astype(jnp.float32), b.astype(jnp.float32)), default=multiply
+    )
 
 
 def rms_norm(x, weight, eps):
@@ -22,23 +36,28 @@ def rms_norm(x, weight, eps):
 def matmul(x, w):
     """x [..., in] times w [*out, in] transposed: float32 [..., *out]."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW_ROWS:
-        # seen as a matrix: of a w with several output axes XLA would make a transposed copy
-        matrix = w.reshape(-1, w.shape[-1]).astype(x.dtype)
-        out = jnp.einsum("ri,oi->ro", rows, matrix, precision=EXACT, preferred_element_type=jnp.float32)
-    elif len(rows) == 1:
-        out = _multiply_sum(rows[0], w)  # without a row axis: with one of size 1, XLA's loop on CPUs is 80 times slower
+    # seen as a matrix: of a w with several output axes XLA would make a transposed copy
+    matrix = w.reshape(-1, w.shape[-1])
+    if len(rows) == 1:
+        # without a row axis: with one of size 1, XLA's loop on CPUs is 80 times slower
+        out = _multiply_sum(rows[0], matrix)
+    elif len(rows) <= FEW_ROWS:
+        out = jax.lax.platform_dependent(rows, matrix, cpu=jax.vmap(_multiply_sum, in_axes=(0, None)), default=_dot)
     else:
-        out = jax.vmap(_multiply_sum, in_axes=(0, None))(rows, w)
+        out = _dot(rows, matrix)
     return out.reshape(*x.shape[:-1], *w.shape[:-1])
 
 
-def _multiply_sum(x, w):
-    """x [in] times w [*out, in] transposed, as a multiply and a sum: one loop that converts narrow weights on the way.
+def _dot(rows, matrix):
+    return _einsum("ri,oi->ro", rows, matrix.astype(rows.dtype))
 
-    As a dot product XLA would write a converted copy of w first: on a CPU, 8 times slower for an int8 w.
+
+def _multiply_sum(row, matrix):
+    """row [in] times matrix [out, in] transposed, as a multiply and a sum: one loop that converts weights on the way.
+
+    For a dot product XLA writes a converted copy of the matrix first (CPU), or takes a kernel made for many rows (GPU).
     """
-    return jnp.sum(w.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+    return jnp.sum(matrix.astype(jnp.float32) * row.astype(jnp.float32), axis=-1)
 
 
 def int8_matmul(x, values, scale):
@@ -52,7 +71,7 @@ def int8_matmul(x, values, scale):
 
 
 def rope(x, cos, sin):
-    """Rotate each pair (i, i + H/2) of x [B, T, ..., H] by the angle whose cos and sin [B, T, H/2] are given; in x's type.
+    """Rotate each pair (i, i + H/2) of x [B, T, ..., H] by an angle, given as cos and sin [B, T, H/2]; in x's type.
 
     Su et al. 2021, eq. 34, with the two halves of a pair H/2 apart instead of adjacent.
     """
@@ -69,11 +88,10 @@ def attention(q, k, v, positions):
     yet have no weight.  Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 for the groups.
     """
     # k before q, so that XLA reads k and v where they lie; the other way round it transposes k, and jax 0.10 copies it
-    scores = jnp.einsum("BKSH,BTKGH->BKSGT", k, q, precision=EXACT, preferred_element_type=jnp.float32)
+    scores = _einsum("BKSH,BTKGH->BKSGT", k, q)
     visible = jnp.arange(k.shape[2])[:, None, None] <= positions[:, None, None, None, :]
     weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=2).astype(q.dtype)
-    out = jnp.einsum("BKSGT,BKSH->BTKGH", weights, v, precision=EXACT, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
+    return _einsum("BKSGT,BKSH->BTKGH", weights, v).astype(q.dtype)
 
 
 def swiglu(gate, up):

@@ -1,0 +1,219 @@
+"""The command and the library's text functions: what they print, and how they refuse."""
+
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.errors import InputError
+from jaxllm.loader import load
+from jaxllm.sampling import Sampling
+
+command = importlib.import_module("jaxllm.generate")
+NAME = "llama2-gqa-bf16-2shard"
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    return load(converted(NAME))
+
+
+@pytest.fixture
+def cli(converted, capsys, monkeypatch):
+    """Run the command in this process, as `python -m jaxllm.generate` does: (exit status, stdout, stderr)."""
+
+    model_folder = converted(NAME)
+
+    def run(*args, stdin=b"", folder=model_folder):
+        arguments = [str(a) for a in args] + ([] if folder is None else ["--model", str(folder)])
+        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        try:
+            status = jaxllm.errors.run_command(command.main)
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_text_is_the_prompts_continuation(model):
+    (result,) = jaxllm.generate(model, ["The ship"], Sampling(temperature=0.0), max_new_tokens=24)
+    ids = model.tokenizer.encode("The ship")
+    assert result.prompt_tokens == ids and len(result.tokens) == 24 and result.finish_reason == "length"
+    assert "The ship" + result.text == model.tokenizer.decode(ids + result.tokens)
+    assert "".join(jaxllm.stream(model, "The ship", Sampling(temperature=0.0), 24)) == result.text
+    logits, _ = jaxllm.forward(model.params, model.config, np.array([ids + result.tokens]))
+    assert np.argmax(logits[0, len(ids) - 1 : -1], axis=-1).tolist() == result.tokens
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(model):
+    prompts = ["I", "A rather longer prompt than the first,", "No!"]
+    together = jaxllm.generate(model, prompts, Sampling(seed=3), 30)
+    for prompt, result in zip(prompts, together, strict=True):
+        alone = jaxllm.generate(model, [prompt], Sampling(seed=3), 30)[0]
+        assert (alone.text, alone.tokens, alone.finish_reason) == (result.text, result.tokens, result.finish_reason)
+
+
+def test_stop_strings(model):
+    free = jaxllm.generate(model, ["The ship"], Sampling(seed=1), 40)[0].text
+    middle = free[10:13]
+    for stop in ([middle], ["not there", middle], [middle + "never"], [middle, free[5:7]]):
+        (result,) = jaxllm.generate(model, ["The ship"], Sampling(seed=1), 40, stop)
+        ends = [free.index(s) for s in stop if s in free]
+        assert result.text == (free[: min(ends)] if ends else free)
+        assert result.finish_reason == ("stop" if ends else "length")
+        # nothing of a stop string is printed before it is known whether it is one
+        assert "".join(jaxllm.stream(model, "The ship", Sampling(seed=1), 40, stop)) == result.text
+
+
+def test_text_that_may_become_a_stop_string_is_held_back():
+    assert command.held_back("abcST", ["STOP", "xyz"]) == 2
+    assert command.held_back("abcSTO", ["STOP", "TO!"]) == 3
+    assert command.held_back("abc", ["STOP"]) == 0
+    assert command.held_back("", ["STOP"]) == 0
+
+
+def test_end_of_sequence(model, monkeypatch):
+    free = jaxllm.generate(model, ["The ship"], Sampling(seed=1), 30)[0]
+    eos = free.tokens[12]
+    ending = replace(model, tokenizer=replace(model.tokenizer, eos_ids=(eos,)))
+    (result,) = jaxllm.generate(ending, ["The ship"], Sampling(seed=1), 30)
+    assert result.tokens == free.tokens[: free.tokens.index(eos)] and result.finish_reason == "stop"
+
+
+def test_importing_the_module_does_not_hide_the_function():
+    assert jaxllm.generate is command and callable(jaxllm.generate)
+    assert jaxllm.Generation is command.Generation
+    with pytest.raises(AttributeError, match="genrate"):
+        jaxllm.genrate  # noqa: B018
+    assert all(hasattr(jaxllm, name) for name in jaxllm.__all__)
+
+
+def test_stdout_is_the_text_and_nothing_else(cli, model):
+    status, out, err = cli("--prompt", "The ship", "--seed", 4, "--max-new-tokens", 16)
+    assert (status, out) == (0, jaxllm.generate(model, ["The ship"], Sampling(seed=4), 16)[0].text + "\n")
+    assert err == ""
+    assert cli("--prompt", "The ship", "--seed", 4, "--max-new-tokens", 16, "--echo")[1] == "The ship" + out
+    prompts = ["The ship", "A", "It was"]
+    results = jaxllm.generate(model, prompts, Sampling(temperature=0.0), 9)
+    _, out, _ = cli("--greedy", "--max-new-tokens", 9, "--prompt", *prompts)
+    assert out == "".join(r.text + "\n" for r in results)
+
+
+def test_prompt_from_stdin_or_a_file(cli, tmp_path):
+    text = "It was\nthe größte ship"
+    expected = cli("--prompt", text)[1]
+    (tmp_path / "p.txt").write_text(text + "\n", encoding="utf-8")
+    assert cli("--prompt-file", tmp_path / "p.txt")[1] == expected
+    assert cli("-", stdin=text.encode())[1] == expected
+
+
+def test_json(cli, model):
+    status, out, err = cli("--prompt", "The ship", "A", "--json", "--max-new-tokens", 5, "--seed", 9, "--top-k", 8)
+    objects = [json.loads(line) for line in out.splitlines()]
+    results = jaxllm.generate(model, ["The ship", "A"], Sampling(seed=9, top_k=8), 5)
+    assert (status, err) == (0, "")
+    for got, want in zip(objects, results, strict=True):
+        assert set(got) == {"prompt", "prompt_tokens", "tokens", "text", "finish_reason", "seed", "stats"}
+        assert {k: got[k] for k in ("prompt", "prompt_tokens", "tokens", "text", "finish_reason")} == {
+            k: getattr(want, k) for k in ("prompt", "prompt_tokens", "tokens", "text", "finish_reason")
+        }
+        assert got["seed"] == 9 and got["stats"]["decode_tokens_per_s"] > 0 and got["stats"]["load_s"] > 0
+
+
+def test_stats(cli, model):
+    status, out, err = cli("--prompt", "The ship", "--stats", "--max-new-tokens", 9)
+    assert status == 0
+    names = ["load", "compile", "prefill", "decode", "read per token", "read", "share of peak"]
+    assert [line[:16].strip() for line in err.splitlines()] == names
+    stats = jaxllm.generate(model, ["The ship"], max_new_tokens=9)[0].stats
+    # every weight but the embedding, and the cache at the middle of the answer: 3 layers of 2 * 4 heads of 16 float32
+    weights = (512 * 128 + 3 * (128 * 128 * 3 + 3 * 128 * 448 + 2 * 128) + 128) * 2
+    prompt = len(model.tokenizer.encode("The ship"))
+    assert stats["bytes_per_token"] == weights + (prompt + 4) * 3 * 2 * 4 * 16 * 4
+
+
+def test_quantize_and_dtype(cli, model):
+    plain = cli("--prompt", "The ship", "--greedy")[1]
+    assert cli("--prompt", "The ship", "--greedy", "--dtype", "float32")[1] == plain
+    status, out, _ = cli("--prompt", "The ship", "--greedy", "--quantize", "int8")
+    assert status == 0 and out != plain
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "none of --prompt"),
+        (["--prompt", ""], "prompt 0 is empty"),
+        (["--prompt", "a", "--prompt-file", "b"], "more than one of"),
+        (["--prompt-file", "/nowhere/p"], "/nowhere/p cannot be read"),
+        (["--prompt", "ship " * 9000], "leaves no room"),
+        (["--prompt", "a", "--greedy", "--top-p", "0.5"], "--top-p"),
+        (["--prompt", "a", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "a", "--max-len", "99999"], "from 2 to 4096"),
+        (["--prompt", "a b c d e f", "--max-len", "4"], "raise max_len"),
+        (["--prompt", "a", "--seed", "-3"], "seed"),
+        (["--prompt", "a", "--stop", ""], "stop string is empty"),
+        (["--prompt", "a", "--impl", "triton"], "triton"),
+        (["--prompt", "a", "--impl", "atention=xla"], "atention"),
+        (["--prompt", "a", "--plan"], "--plan"),
+        (["--prompt", "a", "--quantize", "int3"], "int3"),
+        (["--prompt", "a", "--no-such-flag"], "--no-such-flag"),
+        (["--prompt", "a", "--top-k", "many"], "many"),
+        (["--prompt", "\udcff"], "UTF-8"),
+        (["--prompt", "a", "--tokenizer", "/nowhere/t"], "/nowhere/t"),
+    ],
+    ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_status_2(cli, args, message):
+    status, out, err = cli(*args)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_bad_stdin_and_bad_folder(cli, tmp_path):
+    message = "error: standard input is not UTF-8 at byte 0; convert it to UTF-8\n"
+    assert cli("-", stdin=b"\xff\xfe") == (2, "", message)
+    status, out, err = cli("--prompt", "a", folder=tmp_path)
+    assert (status, out) == (2, "") and f"{tmp_path} is not a model folder" in err and err.count("\n") == 1
+
+
+def test_library_arguments(model):
+    with pytest.raises(InputError, match="one string"):
+        jaxllm.generate(model, "The ship")
+    with pytest.raises(InputError, match="one string"):
+        jaxllm.generate(model, ["The ship"], stop="x")
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_text_so_far(converted):
+    args = [sys.executable, "-m", "jaxllm.generate", "--model", str(converted(NAME))]
+    args += ["--max-new-tokens", "4000", "--prompt", "A", "--stats"]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = os.read(process.stdout.fileno(), 1)  # it is under way
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first + rest) > 1
+    assert b"Traceback" not in err and err.endswith(b"interrupted\n") and b"decode" in err
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_no_failure(converted):
+    line = f"{sys.executable} -m jaxllm.generate --model {converted(NAME)} --prompt A --max-new-tokens 400 | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,247 @@
+"""The forward pass against a second one in float64 numpy, and against itself taken in pieces."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import PRESETS, ModelConfig, RopeScaling, preset
+from jaxllm.errors import InputError, ModelError
+from jaxllm.model import abstract_params, init_cache, init_params, rope_frequencies
+from jaxllm.model import forward as eager_forward
+from jaxllm.quantize import dequantize, quantize
+from jaxllm.tensor import QTensor
+
+forward = jax.jit(eager_forward, static_argnums=1)
+SMALL = ModelConfig(
+    vocab_size=97, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40, max_len=64, dtype="float32"
+)
+VARIANTS = {
+    "gqa": SMALL,
+    "mha": replace(SMALL, n_kv_heads=4),
+    "mqa": replace(SMALL, n_kv_heads=1),
+    "tied": replace(SMALL, tied=True),
+    "wide heads": replace(SMALL, head_dim=10),
+    "theta": replace(SMALL, rope_theta=500000.0, norm_eps=1e-3),
+    "scaled rope": replace(SMALL, rope_scaling=RopeScaling(8.0, original_max_len=16), rope_theta=50.0),
+}
+
+
+def random_params(config, seed=0):
+    """Weights large enough that attention is far from flat, and norms that are not 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if len(leaf.shape) == 1:
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(size=leaf.shape) * 1.5 / math.sqrt(leaf.shape[-1]), leaf.dtype)
+
+    return jax.tree.map(draw, abstract_params(config))
+
+
+def slow_forward(params, config, tokens):
+    """Logits [T, V] of one row, in float64, one head and one position at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    heads, size = config.n_heads, config.head_dim
+
+    def norm(x, w):
+        return x / np.sqrt((x**2).mean() + config.norm_eps) * w
+
+    def turn(x, position):  # as complex numbers
+        angle = []
+        for i in range(size // 2):
+            f = config.rope_theta ** (-2 * i / size)
+            if config.rope_scaling:  # Meta's three cases
+                s, wave = config.rope_scaling, 2 * math.pi / f
+                if wave > s.original_max_len / s.low_freq_factor:
+                    f /= s.factor
+                elif wave > s.original_max_len / s.high_freq_factor:
+                    smooth = (s.original_max_len / wave - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+                    f = (1 - smooth) * f / s.factor + smooth * f
+            angle.append(position * f)
+        z = (x[: size // 2] + 1j * x[size // 2 :]) * np.exp(1j * np.array(angle))
+        return np.concatenate([z.real, z.imag])
+
+    xs = [p.embed[t] for t in tokens]
+    for layer in p.layers:
+        ks, vs, out = [], [], []
+        for position, x in enumerate(xs):
+            h = norm(x, layer.attn_norm)
+            ks.append([turn(layer.wqkv[k, -2] @ h, position) for k in range(config.n_kv_heads)])
+            vs.append([layer.wqkv[k, -1] @ h for k in range(config.n_kv_heads)])
+            mixed = []
+            for n in range(heads):
+                k, g = divmod(n, config.group)
+                q = turn(layer.wqkv[k, g] @ h, position)
+                e = np.exp([q @ key[k] / math.sqrt(size) for key in ks])
+                mixed.append(sum(w * value[k] for w, value in zip(e / e.sum(), vs, strict=True)))
+            x = x + layer.wo @ np.concatenate(mixed)
+            h = norm(x, layer.ffn_norm)
+            gate, up = layer.w_gate_up[0] @ h, layer.w_gate_up[1] @ h
+            out.append(x + layer.w_down @ (gate / (1 + np.exp(-gate)) * up))
+        xs = out
+    output = p.embed if p.output is None else p.output
+    return np.stack([output @ norm(x, p.norm) for x in xs])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_equals_float64(name):
+    config = VARIANTS[name]
+    params = random_params(config)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 13))
+    got, cache = forward(params, config, tokens)
+    want = np.stack([slow_forward(params, config, row) for row in tokens])
+    assert cache is None and got.dtype == jnp.float32
+    assert want.std() > 1
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pieces_of_ragged_rows_equal_one_forward(name):
+    config = VARIANTS[name]
+    params = random_params(config)
+    rng = np.random.default_rng(2)
+    lengths = np.array([3, 11, 1])
+    tokens = rng.integers(0, config.vocab_size, (3, 20))
+    full, _ = forward(params, config, tokens)
+
+    cache = init_cache(config, 3, 20)
+    padded = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 7)
+    got, cache = forward(params, config, padded, cache, lengths)
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(got[row, :n], full[row, :n], atol=2e-4)
+    for step in range(8):  # then one token at a time, each row at its own position
+        at = lengths + step
+        got, cache = forward(params, config, tokens[np.arange(3), at][:, None], cache)
+        np.testing.assert_allclose(got[:, 0], np.asarray(full)[np.arange(3), at], atol=2e-4)
+        np.testing.assert_array_equal(cache.length, at + 1)
+
+
+def test_padding_beyond_the_last_slot_leaves_the_cache_alone():
+    params = random_params(SMALL)
+    tokens = np.random.default_rng(3).integers(0, 97, (1, 9))
+    full, _ = forward(params, SMALL, tokens)
+    _, cache = forward(params, SMALL, tokens[:, :7], init_cache(SMALL, 1, 9))
+    padded = np.concatenate([tokens[:, 7:8], np.full((1, 5), 3)], axis=1)  # reaches to slot 12 of 9
+    _, cache = forward(params, SMALL, padded, cache, np.array([1]))
+    got, _ = forward(params, SMALL, tokens[:, 8:], cache)
+    np.testing.assert_allclose(got[0, 0], full[0, 8], atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_int8_equals_its_dequantized_weights(rows):
+    params = random_params(SMALL)
+    small = jax.tree.map(lambda a: quantize(a) if a.ndim > 1 else a, params)
+    is_int8 = lambda a: isinstance(a, QTensor)  # noqa: E731
+    wide = jax.tree.map(lambda a: dequantize(a) if is_int8(a) else a, small, is_leaf=is_int8)
+    tokens = np.random.default_rng(4).integers(0, 97, (1, rows))
+    got, want = forward(small, SMALL, tokens)[0], forward(wide, SMALL, tokens)[0]
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    assert np.linalg.norm(got - forward(params, SMALL, tokens)[0]) > 1e-4 * np.linalg.norm(want)  # it is another model
+
+
+def test_bfloat16_is_close_and_stays_bfloat16():
+    config = replace(SMALL, dtype="bfloat16")
+    params = random_params(config)
+    tokens = np.random.default_rng(5).integers(0, 97, (2, 10))
+    got, cache = forward(params, config, tokens, init_cache(config, 2, 16))
+    want, _ = forward(jax.tree.map(lambda a: a.astype(jnp.float32), params), SMALL, tokens)
+    assert cache.k[0].dtype == jnp.bfloat16 and got.dtype == jnp.float32
+    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
+
+
+def test_gradient_equals_finite_differences():
+    params = random_params(SMALL)
+    tokens = np.random.default_rng(6).integers(0, 97, (2, 8))
+
+    def loss(params):
+        scores = jax.nn.log_softmax(forward(params, SMALL, tokens[:, :-1])[0])
+        return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()
+
+    gradient = jax.grad(loss)(params)
+    direction = jax.tree.map(lambda g: g / jnp.linalg.norm(g), gradient)
+    step = 1e-3
+    loss = jax.jit(loss)
+    ahead, behind = (loss(jax.tree.map(lambda p, d: p + s * d, params, direction)) for s in (step, -step))  # noqa: B023
+    expected = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    np.testing.assert_allclose((ahead - behind) / (2 * step), expected, rtol=1e-2)
+
+
+def test_gradient_passes_through_int8_weights():
+    params = jax.tree.map(lambda a: quantize(a) if a.ndim > 1 else a, random_params(SMALL))
+    tokens = np.array([[1, 2, 3]])
+    gradient = jax.grad(lambda norm: forward(replace(params, norm=norm), SMALL, tokens)[0].sum())(params.norm)
+    assert np.abs(gradient).max() > 0
+
+
+def test_vmap_equals_a_loop():
+    params = [random_params(SMALL, seed) for seed in range(3)]
+    tokens = np.random.default_rng(7).integers(0, 97, (3, 1, 6))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    got = jax.vmap(lambda p, t: forward(p, SMALL, t, init_cache(SMALL, 1, 8))[0])(stacked, tokens)
+    for i in range(3):
+        np.testing.assert_allclose(got[i], forward(params[i], SMALL, tokens[i])[0], atol=2e-5)
+
+
+# Published counts: each release's model card or paper, or the sum over its checkpoint's tensors
+COUNTS = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+}
+
+
+def test_presets_have_the_published_parameter_counts():
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(abstract_params(c))) for name, c in PRESETS.items()}
+    assert counts == COUNTS
+    with pytest.raises(InputError, match="llama2-70b"):
+        preset("llama-9000b")
+
+
+def test_init_params_has_the_shapes_and_deviations_it_says():
+    params = init_params(replace(SMALL, dim=96, vocab_size=500), jax.random.key(0))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), abstract_params(replace(SMALL, dim=96, vocab_size=500))
+    )
+    assert abs(params.embed.std() / 0.02 - 1) < 0.02
+    assert abs(params.layers[1].w_down.std() / 0.01 - 1) < 0.05
+    assert (params.layers[0].ffn_norm == 1).all()
+
+
+def test_frequencies_of_llama31():
+    """Values computed once by Meta's apply_scaling for head_dim 128, theta 500000, factor 8."""
+    f = rope_frequencies(replace(preset("llama3-8b"), rope_scaling=RopeScaling(8.0)))
+    plain = 500000.0 ** (-np.arange(64) / 64)
+    np.testing.assert_allclose(f[:29], plain[:29], rtol=1e-6)
+    np.testing.assert_allclose(f[36:], plain[36:] / 8, rtol=1e-6)
+    assert (np.diff(f) < 0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(n_kv_heads=3), dict(head_dim=7), dict(dim=0), dict(dim=2.0), dict(norm_eps=math.nan), dict(dtype="int8")],
+)
+def test_impossible_configs_are_refused(change):
+    with pytest.raises(ModelError, match=next(iter(change))):
+        replace(SMALL, **change)
+
+
+def test_config_survives_json():
+    for config in VARIANTS.values():
+        assert ModelConfig.from_json(config.to_json()) == config
+    with pytest.raises(ModelError, match="colour"):
+        ModelConfig.from_json(SMALL.to_json() | {"colour": 3})
+    with pytest.raises(ModelError, match="ffn_dim"):
+        ModelConfig.from_json({k: v for k, v in SMALL.to_json().items() if k != "ffn_dim"})

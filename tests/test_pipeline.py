@@ -1,0 +1,246 @@
+"""Generation against plain loops over the forward pass; what compiled programs promise of memory and recompiling."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import pipeline
+from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError
+from jaxllm.model import abstract_params, forward
+from jaxllm.pipeline import State, bucket, decode_chunk, generate_tokens, init_state, prefill
+from jaxllm.quantize import quantize
+from jaxllm.sampling import Sampling
+
+CONFIG = ModelConfig(
+    vocab_size=61, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40, max_len=256, dtype="float32"
+)
+GREEDY = Sampling(temperature=0.0)
+WILD = Sampling(temperature=1.3, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=5)
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 1.5 / leaf.shape[-1] ** 0.5, leaf.dtype),
+        abstract_params(config),
+    )
+
+
+PARAMS = random_params(CONFIG)
+
+
+def prompts_of(*lengths, seed=1):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+
+
+def run(prompts, sampling=GREEDY, new=20, config=CONFIG, **more):
+    """Each row's tokens up to its end."""
+    tokens = np.concatenate(list(generate_tokens(PARAMS, config, prompts, sampling, new, **more)), axis=1)
+    ends = [row.tolist().index(-1) if -1 in row else len(row) for row in tokens]
+    assert all((row[end:] == -1).all() for row, end in zip(tokens, ends, strict=True))
+    return [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
+
+
+@jax.jit
+def padded_logits(params, tokens):
+    return forward(params, CONFIG, tokens)[0]
+
+
+def greedy_by_forward(prompt, new, params=PARAMS):
+    """The most likely continuation, by a whole forward pass without a cache for every token."""
+    tokens = np.zeros((1, 256), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for n in range(len(prompt), len(prompt) + new):
+        tokens[0, n] = np.argmax(padded_logits(params, tokens)[0, n - 1])
+    return tokens[0, len(prompt) : len(prompt) + new].tolist()
+
+
+def test_greedy_equals_whole_forward_passes():
+    prompts = prompts_of(3, 17, 40)
+    assert run(prompts, new=30) == [greedy_by_forward(p, 30) for p in prompts]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (16,), (17,), (60, 5, 33), (128, 1)])
+def test_prompts_in_pieces(monkeypatch, lengths):
+    monkeypatch.setattr(pipeline, "PIECE", 32)  # several prefill calls a prompt; rows end in different ones
+    prompts = prompts_of(*lengths)
+    assert run(prompts, new=6) == [greedy_by_forward(p, 6) for p in prompts]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WILD], ids=["greedy", "sampled"])
+def test_a_row_gets_the_tokens_it_would_get_alone(sampling):
+    prompts = prompts_of(2, 31, 9, 64)
+    together = run(prompts, sampling)
+    assert together == [run([p], sampling)[0] for p in prompts]
+    assert len({tuple(row) for row in together}) == 4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_chunk_size_changes_nothing(chunk):
+    prompts = prompts_of(4, 11)
+    assert run(prompts, WILD, chunk=chunk) == run(prompts, WILD)
+
+
+def test_seeds():
+    prompts = prompts_of(5) * 3
+    rows = run(prompts, replace(WILD, seed=np.array([5, 6, 5])))
+    assert rows[0] == rows[2] == run(prompts[:1], WILD)[0]
+    assert rows[0] != rows[1]
+
+
+def test_a_row_ends_at_an_end_of_sequence_token():
+    prompts = prompts_of(3, 17, 40)
+    free = run(prompts, new=30)
+    eos = free[0][11], free[1][2]
+    expected = []
+    for row in free:
+        ends = [row.index(token) for token in eos if token in row]
+        expected.append(row[: min(ends) + 1] if ends else row)
+    assert {len(row) for row in expected} != {30}
+    assert run(prompts, new=30, eos_ids=eos) == expected
+    first = free[2][0]  # chosen by prefill, before the first chunk
+    assert run(prompts[2:], eos_ids=[first]) == [[first]]
+
+
+def test_limits():
+    short, long = prompts_of(5, 250)
+    rows = run([short, long], new=300)
+    assert [len(row) for row in rows] == [251, 6]  # the context of 256 is full
+    assert rows[1] == greedy_by_forward(long, 6)
+    assert rows[0][:20] == greedy_by_forward(short, 20)
+    assert [len(row) for row in run([short], new=300, max_len=8)] == [3]
+    assert [len(row) for row in run([short], new=1)] == [1]
+
+
+@pytest.mark.parametrize(
+    "prompts, more, message",
+    [
+        ([], {}, "no prompt"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1] * 256], {}, "256 tokens.*context of 256"),
+        ([[1] * 9], dict(max_len=9), "raise max_len"),
+        ([[1]], dict(max_len=257), "256"),
+        ([[1, 61]], {}, "0 to 60"),
+        ([[-1]], {}, "0 to 60"),
+        ([[1]], dict(new=0), "max_new_tokens"),
+        ([[1]], dict(sampling=Sampling(top_p=0.0)), "top_p"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_once(prompts, more, message):
+    arguments = dict(sampling=GREEDY, new=4) | more
+    with pytest.raises(InputError, match=message) as caught:
+        generate_tokens(
+            PARAMS, CONFIG, prompts, arguments["sampling"], arguments["new"], max_len=arguments.get("max_len")
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_the_next_chunk_is_dispatched_before_the_last_one_is_read(monkeypatch):
+    events = []
+
+    class Watched:
+        """Tokens on the device, which tell when they are read."""
+
+        def __init__(self, tokens, number):
+            self.tokens, self.number = tokens, number
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(f"read {self.number}")
+            return np.array(self.tokens)
+
+    def dispatch(*args):
+        number = sum(e.startswith("dispatch") for e in events)
+        events.append(f"dispatch {number}")
+        state, tokens = decode_chunk(*args)
+        return state, Watched(tokens, number)
+
+    monkeypatch.setattr(pipeline, "decode_chunk", dispatch)
+    run(prompts_of(3), new=1 + 3 * pipeline.CHUNK)
+    assert events == ["dispatch 0", "dispatch 1", "read 0", "dispatch 2", "read 1", "read 2"]
+
+
+# sizes at which cache, weights and their float32 copies cannot be mistaken for each other
+BIG = replace(CONFIG, vocab_size=2000, dim=128, n_layers=4, ffn_dim=512, head_dim=16, max_len=4096)
+SLOTS = 1024
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_decode_updates_the_cache_in_place(batch, kind):
+    params = abstract_params(BIG, quantized=kind == "int8")
+    state = jax.eval_shape(lambda: init_state(BIG, batch, SLOTS))
+    eos = jax.ShapeDtypeStruct((1,), jnp.int32)
+    memory = decode_chunk.lower(params, BIG, state, Sampling().rows(batch), eos, 8).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    layer = SLOTS * BIG.n_kv_heads * BIG.head_dim * 4 * batch  # bytes of one layer's keys
+    # a transposed view of one layer's keys and one of its values; never another cache, nor the weights in another type
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < 2.5 * layer < min(BIG.n_layers * 2 * layer, 4 * weights)
+
+
+def test_prefill_updates_the_cache_in_place():
+    state = jax.eval_shape(lambda: init_state(BIG, 2, SLOTS))
+    tokens, lengths = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    compiled = prefill.lower(abstract_params(BIG), BIG, state, tokens, lengths, Sampling().rows(2)).compile()
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes == expected
+
+
+def test_nothing_is_compiled_twice_inside_a_bucket():
+    run(prompts_of(20), WILD, new=20)
+    compiled = []
+
+    def listen(event, seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(more.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for i in range(10):
+        sampling = Sampling(temperature=0.3 * (i % 3), top_k=i, top_p=1 - i / 20, min_p=i / 50, seed=i)
+        run(prompts_of(17 + i, seed=i), sampling, new=12 + 3 * i)
+    assert compiled == []
+    run(prompts_of(1, 2, 3, 4, 5, 6, 7), new=2)  # another batch size: the listener does hear a compilation
+    assert any("prefill" in name for name in compiled)
+
+
+def test_int8_generates_what_whole_int8_forwards_do():
+    params = jax.tree.map(lambda a: quantize(a) if a.ndim > 1 else a, PARAMS)
+    (prompt,) = prompts_of(10)
+    got = np.concatenate(list(generate_tokens(params, CONFIG, [prompt], GREEDY, 12)), axis=1)
+    assert got[0, :12].tolist() == greedy_by_forward(prompt, 12, params)
+
+
+def test_research_code_can_drive_the_programs_itself():
+    """prefill and decode_chunk are plain functions of a State that anyone may build and look into."""
+    (prompt,) = prompts_of(7)
+    sampling = GREEDY.rows(1)
+    state, token = prefill(PARAMS, CONFIG, init_state(CONFIG, 1, 32), np.array([prompt]), np.array([7]), sampling)
+    state, tokens = decode_chunk(PARAMS, CONFIG, state, sampling, np.zeros(0, np.int32), 4)
+    assert [int(token[0]), *tokens[0].tolist()] == greedy_by_forward(prompt, 5)
+    assert isinstance(state, State) and state.cache.length.tolist() == [11] and state.step.tolist() == [5]
+    assert state.seen[0].sum() == len({*prompt, int(token[0]), *tokens[0, :3].tolist()})
+
+
+def test_buckets():
+    assert [bucket(n, 16, 512) for n in (1, 16, 17, 64, 65, 512, 600)] == [16, 16, 32, 64, 128, 512, 512]
+    assert bucket(100, 128, 64) == 64
+
+
+def test_the_compilation_cache_is_on_and_respects_the_user(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        pipeline.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxllm" / "xla")
+        jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+        pipeline.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "/elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
