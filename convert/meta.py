@@ -6,6 +6,7 @@ copies.  Source: fairscale's parallel layers as used by `llama/model.py` of each
 
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -285,7 +286,7 @@ def _equal(a, b):
 
 def _find_tokenizer(source):
     for folder in (source, source.parent):
-        if (folder / TOKENIZER).is_file():
+        if os.path.isfile(folder / TOKENIZER):
             return folder / TOKENIZER
     raise ModelError(f"{source / TOKENIZER} is missing, and not in the folder above either; name it with --tokenizer")
 

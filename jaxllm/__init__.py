@@ -33,7 +33,7 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name):
-    # only when asked for: `python -m jaxllm.convert --help` need not wait for all of JAX
+    # only when asked for: a part of the package need not wait for the others
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
     return getattr(import_module(f"jaxllm.{_HOMES[name]}"), name)

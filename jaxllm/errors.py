@@ -1,6 +1,7 @@
 """What goes wrong through the caller's input, and how a command tells it; whatever else is raised is a bug of ours."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[Sequence[str]], None]) -> int:
     """Run a command on sys.argv: its exit status is 0 for done, 2 for an InputError (told in a line), 130 on Ctrl-C."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -34,4 +37,10 @@ def run_command(main: Callable[[Sequence[str]], None]) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: standard output cannot be written: {error.strerror}; free some space", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends
+        return 2
     return 0

@@ -1,10 +1,12 @@
 """Text generation: the library's `generate` and `stream`, and the command `python -m jaxllm.generate`."""
 
 import json
+import signal
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,31 +60,29 @@ class Generation:
     """
 
     def __init__(self, model, prompts, sampling=None, max_new_tokens=128, stop=(), max_len=None):
-        for what, given in (("prompts", prompts), ("stop", stop)):
-            if isinstance(given, str):
-                raise InputError(f"{what} is one string; it must be a list of strings")
-        if "" in stop:
-            raise InputError("a stop string is empty; it would end every text at once")
+        _check_texts(prompts, stop)
         self._model, self._prompts = model, list(prompts)
-        for i, prompt in enumerate(self._prompts):
-            if not prompt:
-                raise InputError(f"prompt {i} is empty; give it some text")
         self._ids = [model.tokenizer.encode(prompt) for prompt in self._prompts]
         self._sampling = Sampling() if sampling is None else sampling
         self._seeds = self._sampling.rows(len(self._prompts)).seed.tolist()
         self._stop = tuple(stop)
         self._tokens: list[list[int]] = [[] for _ in self._prompts]
         self._text = [""] * len(self._prompts)
+        self._held = [""] * len(self._prompts)  # text that may turn out to be the start of a stop string
         self._finish: list[str | None] = [None] * len(self._prompts)
         self._times: list[tuple[float, float, int]] = []  # clock, seconds of compilation so far, tokens chosen so far
         self._limits = row_limits(model.config, self._ids, max_new_tokens, max_len)
         self._chunks = generate_tokens(
             model.params, model.config, self._ids, self._sampling, max_new_tokens, model.tokenizer.eos_ids, max_len
         )
+        self._pieces = self._run()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self._pieces  # of which there is one: who stops iterating can go on later
+
+    def _run(self):
         decoders = [self._model.tokenizer.decoder(ids) for ids in self._ids]
-        held = [""] * len(self._ids)  # text that may turn out to be the start of a stop string
+        held = self._held
         chosen = 0
         self._note(chosen)
         for chunk in self._chunks:
@@ -130,12 +130,13 @@ class Generation:
 
     @property
     def results(self) -> list[Result]:
-        """One Result a prompt; rows that were not finished have finish_reason "interrupted"."""
+        """One Result a prompt; a row that was not finished has finish_reason "interrupted" and all its text so far."""
         stats = self.stats
+        texts = map("".join, zip(self._text, self._held, strict=True))
         return [
             Result(prompt, ids, tokens, text, finish or "interrupted", seed, stats)
             for prompt, ids, tokens, text, finish, seed in zip(
-                self._prompts, self._ids, self._tokens, self._text, self._finish, self._seeds, strict=True
+                self._prompts, self._ids, self._tokens, texts, self._finish, self._seeds, strict=True
             )
         ]
 
@@ -172,6 +173,17 @@ class Generation:
         return (weights + filled * slot) // len(self._ids)
 
 
+def _check_texts(prompts, stop):
+    """Raise InputError for prompts or stop strings that no model is needed to refuse."""
+    for what, texts in (("prompt", prompts), ("stop string", stop)):
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise InputError(f"the {what}s are given as {type(texts).__name__}; give a list of strings")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text:
+                got = "empty" if text == "" else f"of type {type(text).__name__}"
+                raise InputError(f"{what} {i} is {got}; give it some text")
+
+
 def held_back(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of text are the beginning of a stop string."""
     sizes = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
@@ -186,8 +198,9 @@ def generate(
     stop: Sequence[str] = (),
     max_len: int | None = None,
 ) -> list[Result]:
-    """Continue every prompt, as one batch: a Result for each, the same as the prompt would get alone.
+    """Continue every prompt, as one batch: a Result for each, the same as the prompt would get alone, up to rounding.
 
+    In float32 that is the same text; in bfloat16 a near tie may fall another way in a batch of another size.
     sampling is `Sampling()` by default; a text ends at an end-of-sequence token, before the first of the stop strings,
     after max_new_tokens, or where the context of max_len tokens is full (by default what the model was trained for).
     Raises InputError for an empty or too long prompt, or a setting out of range.
@@ -231,16 +244,19 @@ def main(argv: Sequence[str]) -> None:
     """Generate as the command line says; raises InputError for what the user has to change."""
     args = _parse(argv)
     prompts = _prompts(args)
+    _check_texts(prompts, args.stop)
     sampling = _sampling(args)
     if args.plan:
         raise InputError("--plan is not in this version of jaxllm; leave it out")
+    if args.echo and args.json:
+        raise InputError("--echo can have no effect with --json, which always holds the prompt; leave one out")
     check_implementations(args.impl)
-    if args.model is None:
-        print("no --model: using the small demonstration model inside the package", file=sys.stderr)
 
     start = time.perf_counter()
     model = load(args.model or DEMO, args.quantize, args.dtype, args.tokenizer)
     load_s = time.perf_counter() - start
+    if args.model is None:
+        print("no --model: using the small demonstration model inside the package", file=sys.stderr)
     generation = Generation(model, prompts, sampling, args.max_new_tokens, args.stop, args.max_len)
     sys.stdout.reconfigure(encoding="utf-8")
     try:
@@ -258,7 +274,9 @@ def _parse(argv):
     parser.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the one inside the package)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer.model, not the folder's")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts, run as one batch")
+    parser.add_argument(
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts, run as one batch"
+    )
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds one prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, help="default 0.8")
@@ -268,7 +286,7 @@ def _parse(argv):
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="default 1.0: off")
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these")
+    parser.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before these")
     parser.add_argument("--quantize", choices=["int8"], help="quantize a float model while loading")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="type of activations and cache")
     parser.add_argument("--max-len", type=int, metavar="N", help="context in tokens (default: the model's)")
@@ -288,6 +306,8 @@ def _prompts(args):
     if args.prompt is not None:
         return args.prompt
     source = "standard input" if args.stdin else args.prompt_file
+    if args.stdin and sys.stdin is None:
+        raise InputError("standard input is closed; give the prompt with --prompt")
     try:
         text = (sys.stdin.buffer.read() if args.stdin else args.prompt_file.read_bytes()).decode()
     except OSError as error:
@@ -312,29 +332,55 @@ def _sampling(args):
 
 def _print_text(generation, prompts, args):
     """Print the continuations in order: the first unfinished one as it comes, those behind it when it is their turn."""
-    shown, pending = 0, [prompt if args.echo else "" for prompt in prompts]
+    start = prompts if args.echo else [""] * len(prompts)
+    texts = list(start)
+    row = printed = 0  # the first row that is not all printed, and how many of its characters are
 
-    def show():
-        nonlocal shown
-        while shown < len(prompts):
-            sys.stdout.write(pending[shown])
-            pending[shown] = ""
-            if not generation.finished(shown):
+    def show(everything=False):
+        nonlocal row, printed
+        while row < len(prompts):
+            sys.stdout.write(texts[row][printed:])
+            printed = len(texts[row])
+            if not (everything or generation.finished(row)):
                 break
             sys.stdout.write("\n")
-            shown += 1
+            row, printed = row + 1, 0
         sys.stdout.flush()
 
-    if args.json:
-        for _ in generation:
-            pass
-        return
     try:
-        for row, piece in generation:
-            pending[row] += piece
-            show()
+        with _noted_interrupt() as pressed:
+            for at, piece in generation:
+                texts[at] += piece
+                if not args.json:
+                    show()
+                if pressed:
+                    raise KeyboardInterrupt
+    finally:  # on Ctrl-C also the rows behind the first unfinished one, and what was held back
+        if not args.json:
+            texts = [prompt + result.text for prompt, result in zip(start, generation.results, strict=True)]
+            show(everything=True)
+
+
+@contextmanager
+def _noted_interrupt():
+    """Gives a list into which Ctrl-C puts something, and raises KeyboardInterrupt only when pressed again.
+
+    Python's own handler raises wherever it finds itself, and in JAX's callbacks an exception is lost.
+    """
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    if before is not signal.default_int_handler:  # ignored, in a job that a shell runs in the background
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
     finally:
-        show()
+        signal.signal(signal.SIGINT, before)
 
 
 def _print_stats(stats):

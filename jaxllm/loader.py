@@ -127,13 +127,13 @@ def _name(keys):
 def _read_config(path):
     """The ModelConfig of a model folder, and whether its matrices are int8."""
     file = path / "config.json"
-    if not path.is_dir():
+    if not os.path.isdir(path):  # of Path, .is_dir raises for a name that is too long
         raise ModelError(f"{path}: no such folder; --model takes a folder that `python -m jaxllm.convert` wrote")
-    if not file.is_file():
-        hint = ", but Meta's checkpoint files: convert it first" if any(path.glob("consolidated.*.pth")) else ""
-        raise ModelError(
-            f"{path} is not a model folder: it has no config.json{hint} (python -m jaxllm.convert {path} OUT)"
-        )
+    if not os.path.isfile(file):
+        meta = any(path.glob("consolidated.*.pth"))
+        hint = f", but Meta's .pth files: run python -m jaxllm.convert {path} OUT first" if meta else ""
+        hint = hint or "; name one that python -m jaxllm.convert wrote"
+        raise ModelError(f"{path} is not a model folder: it has no config.json{hint}")
     try:
         text = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
@@ -265,7 +265,8 @@ def save(
     with the number of bytes written, again and again.  The folder appears under its name when it is whole; whatever
     goes wrong before leaves nothing behind.  An existing model folder is replaced only with overwrite, and anything
     else never.
-    Raises ModelError when the folder exists or cannot be written, or a weight is not finite or too large for the dtype.
+    Raises ModelError when the folder exists or cannot be written, or a weight is too large for the dtype, or not finite
+    and to be quantized.
     """
     path = Path(path)
     if os.path.lexists(path):

@@ -19,10 +19,25 @@ IMPLEMENTATIONS = {
     "swiglu": {"xla": reference.swiglu},
 }
 
-rms_norm = IMPLEMENTATIONS["rms_norm"]["xla"]
-rope = IMPLEMENTATIONS["rope"]["xla"]
-attention = IMPLEMENTATIONS["attention"]["xla"]
-swiglu = IMPLEMENTATIONS["swiglu"]["xla"]
+
+def rms_norm(x, weight, eps):
+    """x [..., D] over its root mean square, times weight [D]; in x's type."""
+    return IMPLEMENTATIONS["rms_norm"]["xla"](x, weight, eps)
+
+
+def rope(x, cos, sin):
+    """Rotate each pair (i, i + H/2) of x [B, T, ..., H] by an angle, given as cos and sin [B, T, H/2]; in x's type."""
+    return IMPLEMENTATIONS["rope"]["xla"](x, cos, sin)
+
+
+def attention(q, k, v, positions):
+    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H]; in q's type."""
+    return IMPLEMENTATIONS["attention"]["xla"](q, k, v, positions)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, elementwise; in gate's type."""
+    return IMPLEMENTATIONS["swiglu"]["xla"](gate, up)
 
 
 def matmul(x, w: Array):
@@ -41,10 +56,10 @@ def embed(tokens, table: Array, dtype):
 
 def check_implementations(spec: str) -> None:
     """Raise InputError unless spec is `auto`, the name of an implementation, or `OP=IMPL,...`, all of them there."""
-    names = sorted({name for table in IMPLEMENTATIONS.values() for name in table})
     for part in spec.split(","):
-        op, _, name = part.rpartition("=")
-        if op and op not in IMPLEMENTATIONS:
+        op, equals, name = part.rpartition("=")
+        if equals and op not in IMPLEMENTATIONS:
             raise InputError(f"there is no op called {op!r}; there are {', '.join(IMPLEMENTATIONS)}")
-        if name not in ("auto", *(IMPLEMENTATIONS[op] if op else names)):
-            raise InputError(f"implementation {name!r} is not in this jaxllm; there are auto, {', '.join(names)}")
+        names = {"auto"}.union(*([IMPLEMENTATIONS[op]] if equals else IMPLEMENTATIONS.values()))
+        if name not in names:
+            raise InputError(f"implementation {name!r} is not in this jaxllm; there are {', '.join(sorted(names))}")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import jax
@@ -107,7 +108,8 @@ def generate_tokens(
 ) -> Iterator[np.ndarray]:
     """Continue every prompt: yields arrays int32 [B, n] of further tokens as they are read from the device.
 
-    prompts are B lists of token ids, of any lengths; a row gets the tokens that it would get alone.  A row ends at an
+    prompts are B lists of token ids, of any lengths; a row gets the tokens that it would get alone (up to rounding: in
+    bfloat16 a near tie may fall another way in a batch of another size).  A row ends at an
     id of eos_ids, which is yielded, at max_new_tokens, or where prompt and answer fill max_len slots (by default the
     context that the model was trained for); behind its end it yields -1.  The next chunk is dispatched before the last
     one is read, so that the device does not wait for the host.
@@ -121,6 +123,9 @@ def generate_tokens(
 
 def row_limits(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, max_len: int | None = None):
     """How many tokens each row of `generate_tokens` gets at most, int [B]; raises InputError for what cannot be run."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("max_len", max_len)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise InputError(f"{name} is {value!r}; it must be a whole number")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     if max_len is not None and not 1 < max_len <= config.max_len:
@@ -189,7 +194,10 @@ def enable_compilation_cache() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return
     jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "xla"))
     # the default skips what compiles within a second, which is most of a small model's start
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -9,11 +9,11 @@ import numpy as np
 from jaxllm.errors import InputError
 
 _RANGES = {  # field -> (type, test, what is allowed)
-    "temperature": (np.float32, lambda v: (v >= 0) & (v < np.inf), "0 (greedy) or above"),
+    "temperature": (np.float32, lambda v: (v == 0) | (v >= 1e-3) & (v <= 1e3), "0 (greedy), or from 0.001 to 1000"),
     "top_k": (np.int32, lambda v: v >= 0, "0 (off) or above"),
-    "top_p": (np.float32, lambda v: (v > 0) & (v <= 1), "above 0 and at most 1 (off)"),
+    "top_p": (np.float32, lambda v: (v >= 1e-6) & (v <= 1), "from 0.000001 to 1 (off)"),
     "min_p": (np.float32, lambda v: (v >= 0) & (v <= 1), "from 0 (off) to 1"),
-    "repetition_penalty": (np.float32, lambda v: (v > 0) & (v < np.inf), "above 0 (1 is off)"),
+    "repetition_penalty": (np.float32, lambda v: (v >= 1e-3) & (v <= 1e3), "from 0.001 to 1000 (1 is off)"),
     "seed": (np.uint32, lambda v: v >= 0, "from 0 to 4294967295"),
 }
 

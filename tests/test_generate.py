@@ -109,6 +109,8 @@ def test_stdout_is_the_text_and_nothing_else(cli, model):
     results = jaxllm.generate(model, prompts, Sampling(temperature=0.0), 9)
     _, out, _ = cli("--greedy", "--max-new-tokens", 9, "--prompt", *prompts)
     assert out == "".join(r.text + "\n" for r in results)
+    repeated = [arg for prompt in prompts for arg in ("--prompt", prompt)]
+    assert cli("--greedy", "--max-new-tokens", 9, *repeated)[1] == out
 
 
 def test_prompt_from_stdin_or_a_file(cli, tmp_path):
@@ -166,9 +168,11 @@ def test_quantize_and_dtype(cli, model):
         (["--prompt", "a", "--max-len", "99999"], "from 2 to 4096"),
         (["--prompt", "a b c d e f", "--max-len", "4"], "raise max_len"),
         (["--prompt", "a", "--seed", "-3"], "seed"),
-        (["--prompt", "a", "--stop", ""], "stop string is empty"),
+        (["--prompt", "a", "--stop", ""], "stop string 0 is empty"),
         (["--prompt", "a", "--impl", "triton"], "triton"),
         (["--prompt", "a", "--impl", "atention=xla"], "atention"),
+        (["--prompt", "a", "--impl", "=xla"], "no op called ''"),
+        (["--prompt", "a", "--echo", "--json"], "--echo"),
         (["--prompt", "a", "--plan"], "--plan"),
         (["--prompt", "a", "--quantize", "int3"], "int3"),
         (["--prompt", "a", "--no-such-flag"], "--no-such-flag"),
@@ -189,27 +193,55 @@ def test_bad_stdin_and_bad_folder(cli, tmp_path):
     assert cli("-", stdin=b"\xff\xfe") == (2, "", message)
     status, out, err = cli("--prompt", "a", folder=tmp_path)
     assert (status, out) == (2, "") and f"{tmp_path} is not a model folder" in err and err.count("\n") == 1
+    status, out, err = cli("--prompt", "a", folder="x" * 5000)
+    assert (status, out) == (2, "") and "no such folder" in err and err.count("\n") == 1
 
 
 def test_library_arguments(model):
-    with pytest.raises(InputError, match="one string"):
-        jaxllm.generate(model, "The ship")
-    with pytest.raises(InputError, match="one string"):
-        jaxllm.generate(model, ["The ship"], stop="x")
+    for prompts, more, message in [
+        ("The ship", {}, "prompts are given as str"),
+        (["The ship"], dict(stop="x"), "stop strings are given as str"),
+        (["The ship"], dict(stop=None), "stop strings are given as NoneType"),
+        (["The ship"], dict(stop=[b"x"]), "stop string 0 is of type bytes"),
+        (["The ship"], dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
+        (["The ship"], dict(max_len="8"), "max_len is '8'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            jaxllm.generate(model, prompts, **more)
+
+
+def test_a_generation_can_be_left_and_gone_on_with(model):
+    whole = jaxllm.generate(model, ["The ship", "A"], Sampling(seed=1), 30, ["never this"])
+    generation = jaxllm.Generation(model, ["The ship", "A"], Sampling(seed=1), 30, ["never this"])
+    for _ in generation:
+        break
+    assert [r.finish_reason for r in generation.results] == ["interrupted"] * 2
+    for _ in generation:
+        pass
+    assert [r.text for r in generation.results] == [r.text for r in whole]
 
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_text_so_far(converted):
     args = [sys.executable, "-m", "jaxllm.generate", "--model", str(converted(NAME))]
-    args += ["--max-new-tokens", "4000", "--prompt", "A", "--stats"]
+    args += ["--max-new-tokens", "4000", "--prompt", "A", "The ship", "--stats", "--echo", "--greedy"]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first = os.read(process.stdout.fileno(), 1)  # it is under way
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert len(first + rest) > 1
+    assert (first + rest).startswith(b"A")
+    assert b"\nThe ship" in rest and rest.endswith(b"\n")  # the row behind it was not shown yet
     assert b"Traceback" not in err and err.endswith(b"interrupted\n") and b"decode" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_told_in_one_line(converted):
+    line = f"{sys.executable} -m jaxllm.generate --model {converted(NAME)} --prompt A --max-new-tokens 4 > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
 @pytest.mark.slow

@@ -238,6 +238,11 @@ def test_the_compilation_cache_is_on_and_respects_the_user(monkeypatch, tmp_path
         jax.config.update("jax_compilation_cache_dir", None)
         pipeline.enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxllm" / "xla")
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(pipeline.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        pipeline.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
         jax.config.update("jax_compilation_cache_dir", "/elsewhere")
         pipeline.enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == "/elsewhere"
