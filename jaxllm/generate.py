@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,8 +82,7 @@ class Generation:
 
     def _run(self):
         decoders = [self._model.tokenizer.decoder(ids) for ids in self._ids]
-        held = self._held
-        chosen = 0
+        held, chosen = self._held, 0
         self._note(chosen)
         for chunk in self._chunks:
             chosen += int((chunk >= 0).sum())
@@ -176,7 +175,7 @@ class Generation:
 def _check_texts(prompts, stop):
     """Raise InputError for prompts or stop strings that no model is needed to refuse."""
     for what, texts in (("prompt", prompts), ("stop string", stop)):
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        if isinstance(texts, str | bytes) or not isinstance(texts, Collection):  # an iterator would be used up here
             raise InputError(f"the {what}s are given as {type(texts).__name__}; give a list of strings")
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text:

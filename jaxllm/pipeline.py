@@ -109,10 +109,10 @@ def generate_tokens(
     """Continue every prompt: yields arrays int32 [B, n] of further tokens as they are read from the device.
 
     prompts are B lists of token ids, of any lengths; a row gets the tokens that it would get alone (up to rounding: in
-    bfloat16 a near tie may fall another way in a batch of another size).  A row ends at an
-    id of eos_ids, which is yielded, at max_new_tokens, or where prompt and answer fill max_len slots (by default the
-    context that the model was trained for); behind its end it yields -1.  The next chunk is dispatched before the last
-    one is read, so that the device does not wait for the host.
+    bfloat16 a near tie may fall another way in a batch of another size).  A row ends at an id of eos_ids, which is
+    yielded, at max_new_tokens, or where prompt and answer fill max_len slots (by default the context that the model was
+    trained for); behind its end it yields -1.  The next chunk is dispatched before the last one is read, so that the
+    device does not wait for the host.
     Raises InputError before anything is computed for an empty or too long prompt, an id outside the vocabulary or a
     setting out of range.
     """

@@ -201,6 +201,7 @@ def test_library_arguments(model):
     for prompts, more, message in [
         ("The ship", {}, "prompts are given as str"),
         (["The ship"], dict(stop="x"), "stop strings are given as str"),
+        ((text for text in ["The ship"]), {}, "prompts are given as generator"),
         (["The ship"], dict(stop=None), "stop strings are given as NoneType"),
         (["The ship"], dict(stop=[b"x"]), "stop string 0 is of type bytes"),
         (["The ship"], dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
