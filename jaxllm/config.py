@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from jaxllm.errors import InputError, ModelError
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_CACHES = (None, "int8")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ModelConfig:
 
     vocab_size V, dim D, n_layers L, n_heads N, n_kv_heads K (it divides N: N is MHA, 1 is MQA, between is GQA),
     head_dim H (even), ffn_dim F; max_len is the context that the model was trained for, in tokens.
-    dtype is the type of activations and cache, and of the float weights that are made or stored for this model.
+    dtype is the type of activations and cache, and of the float weights that are made or stored for this model;
+    kv_cache="int8" makes the cache int8, with a scale for each row, kv head and slot.
     Raises ModelError when a value is out of range or two of them contradict each other.
     """
 
@@ -55,6 +57,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tied: bool = False
     dtype: str = "bfloat16"
+    kv_cache: str | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_len"):
@@ -71,6 +74,8 @@ class ModelConfig:
             raise ModelError(f"config has tied={self.tied!r}; it must be true or false")
         if self.dtype not in DTYPES:
             raise ModelError(f"config has dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.kv_cache not in KV_CACHES:
+            raise ModelError(f"config has kv_cache={self.kv_cache!r}; it must be None (as dtype) or int8")
 
     @property
     def group(self) -> int:

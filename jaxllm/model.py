@@ -5,7 +5,9 @@ grouped-query attention.  Shapes use the legend of `jaxllm.kernels.reference`, a
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,13 @@ import numpy as np
 
 from jaxllm import ops
 from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError
+from jaxllm.kernels.reference import GROUP
+from jaxllm.quantize import SCHEMES
+from jaxllm.quantize import quantize as quantize_weight
 from jaxllm.tensor import Array, QTensor
+
+MATRICES = ("embed", "wqkv", "wo", "w_gate_up", "w_down", "output")
 
 
 @jax.tree_util.register_dataclass
@@ -47,40 +55,79 @@ class Params:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far: k and v are L arrays [B, K, S, H], length int32 [B] counts filled slots."""
+    """Keys and values of the tokens so far: k and v are L arrays [B, K, S, H], length int32 [B] counts filled slots.
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    Of an int8 cache they are QTensors, with scales [B, K, S].
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
     length: jax.Array
 
 
-def abstract_params(config: ModelConfig, quantized: bool = False) -> Params:
-    """The Params of a config as `jax.ShapeDtypeStruct`s, nothing allocated: norms float, matrices float or int8."""
+def abstract_params(config: ModelConfig, quantize: str | None = None, keep_float: Collection[str] = ()) -> Params:
+    """The Params of a config as `jax.ShapeDtypeStruct`s, nothing allocated.
+
+    Norms are float, and so are the matrices without quantize (one of `quantize.SCHEMES`) and those named in keep_float
+    (of MATRICES).  With "w8a8", embedding and output are int8 for float activations: a row is looked up in one, and the
+    other's result decides the token.  Raises InputError for another scheme or name.
+    """
+    if quantize not in (None, *SCHEMES):
+        raise InputError(f"quantization {quantize!r} is unknown; there are {', '.join(SCHEMES)}")
+    matrices = [name for name in MATRICES if name != "output" or not config.tied]
+    for name in keep_float:
+        if name not in matrices:
+            raise InputError(f"{name!r} cannot be kept float; the matrices of this model are {', '.join(matrices)}")
+        if quantize is None:
+            raise InputError(f"{name!r} is to be kept float, but nothing is quantized; say what to quantize to")
 
     def norm():
         return jax.ShapeDtypeStruct((config.dim,), config.dtype)
 
-    def weight(*shape):
-        if quantized:
-            return QTensor(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
-        return jax.ShapeDtypeStruct(shape, config.dtype)
+    def weight(name, *shape):
+        scheme = matrix_scheme(name, quantize, keep_float)
+        if scheme is None:
+            return jax.ShapeDtypeStruct(shape, config.dtype)
+        groups = (-(-shape[-1] // GROUP),) if scheme == "int8-g128" else ()
+        scale = jax.ShapeDtypeStruct((*shape[:-1], *groups), jnp.float32)
+        return QTensor(jax.ShapeDtypeStruct(shape, jnp.int8), scale, int8_inputs=scheme == "w8a8")
 
     def layer():
         return Layer(
             attn_norm=norm(),
-            wqkv=weight(config.n_kv_heads, config.group + 2, config.head_dim, config.dim),
-            wo=weight(config.dim, config.n_heads * config.head_dim),
+            wqkv=weight("wqkv", config.n_kv_heads, config.group + 2, config.head_dim, config.dim),
+            wo=weight("wo", config.dim, config.n_heads * config.head_dim),
             ffn_norm=norm(),
-            w_gate_up=weight(2, config.ffn_dim, config.dim),
-            w_down=weight(config.dim, config.ffn_dim),
+            w_gate_up=weight("w_gate_up", 2, config.ffn_dim, config.dim),
+            w_down=weight("w_down", config.dim, config.ffn_dim),
         )
 
     return Params(
-        embed=weight(config.vocab_size, config.dim),
+        embed=weight("embed", config.vocab_size, config.dim),
         layers=tuple(layer() for _ in range(config.n_layers)),
         norm=norm(),
-        output=None if config.tied else weight(config.vocab_size, config.dim),
+        output=None if config.tied else weight("output", config.vocab_size, config.dim),
     )
+
+
+def matrix_scheme(name: str, quantize: str | None, keep_float: Collection[str] = ()) -> str | None:
+    """How the parameter of this name (`wqkv`, `norm`, ...) is quantized in a model that is quantized so; None: not."""
+    if quantize is None or name in keep_float or name not in MATRICES:
+        return None
+    return "int8" if quantize == "w8a8" and name in ("embed", "output") else quantize
+
+
+def quantize_params(params: Params, quantize: str, keep_float: Collection[str] = ()) -> Params:
+    """Float Params with their matrices as int8: arguments as in `abstract_params`.
+
+    numpy in, numpy out; jax in, jax out.  Raises ValueError when a matrix is not finite (numpy).
+    """
+
+    def one(path, leaf):
+        scheme = matrix_scheme(path[-1].name, quantize, keep_float)
+        return quantize_weight(leaf, scheme) if scheme else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def init_params(config: ModelConfig, key) -> Params:
@@ -101,11 +148,16 @@ def init_params(config: ModelConfig, key) -> Params:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """An empty KVCache for `batch` rows of at most `slots` tokens each, in config.dtype."""
+    """An empty KVCache for `batch` rows of at most `slots` tokens each, as config.dtype and config.kv_cache say."""
     shape = (batch, config.n_kv_heads, slots, config.head_dim)
 
+    def layer():
+        if config.kv_cache == "int8":
+            return QTensor(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+        return jnp.zeros(shape, config.dtype)
+
     def layers():  # each its own buffer: the cache is donated, and a buffer can be donated once
-        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layers))
+        return tuple(layer() for _ in range(config.n_layers))
 
     return KVCache(layers(), layers(), jnp.zeros(batch, jnp.int32))
 
@@ -154,6 +206,8 @@ def hidden_states(params: Params, config: ModelConfig, tokens, cache: KVCache | 
     return x, KVCache(tuple(keys), tuple(values), cache.length + (count if lengths is None else lengths))
 
 
+# layers are alike: with a jit of its own, one is traced and lowered for all, and XLA inlines the calls
+@partial(jax.jit, static_argnames="config")
 def _block(layer, config, x, positions, cos, sin, slots):
     """One layer: x [B, T, D] in, x and this layer's k and v [B, K, S, H] out."""
     h = ops.rms_norm(x, layer.attn_norm, config.norm_eps)
@@ -165,8 +219,9 @@ def _block(layer, config, x, positions, cos, sin, slots):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
         row = jnp.arange(x.shape[0])[:, None]
+        new = tuple(quantize_weight(a) if isinstance(s, QTensor) else a for s, a in zip(slots, (k, v), strict=True))
         # "drop": padding may reach beyond the last slot, where clamping would overwrite a filled one
-        k, v = (s.at[row, :, positions].set(new, mode="drop") for s, new in zip(slots, (k, v), strict=True))
+        k, v = jax.tree.map(lambda s, a: s.at[row, :, positions].set(a, mode="drop"), slots, new)
         # without the barrier XLA redoes the update inside the attention's loop, and copies the whole cache for that
         k, v = jax.lax.optimization_barrier((k, v))
     attended = ops.attention(q, k, v, positions)

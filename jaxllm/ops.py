@@ -3,10 +3,9 @@
 The type of a weight decides how it is multiplied; a name decides which implementation does it.
 """
 
-import jax.numpy as jnp
-
 from jaxllm.errors import InputError
 from jaxllm.kernels import reference
+from jaxllm.quantize import dequantize, quantize
 from jaxllm.tensor import Array, QTensor
 
 # op -> implementation -> function.  "xla" is the specification: it runs everywhere and is differentiable.
@@ -14,6 +13,7 @@ IMPLEMENTATIONS = {
     "rms_norm": {"xla": reference.rms_norm},
     "matmul": {"xla": reference.matmul},
     "int8_matmul": {"xla": reference.int8_matmul},
+    "w8a8_matmul": {"xla": reference.w8a8_matmul},
     "rope": {"xla": reference.rope},
     "attention": {"xla": reference.attention},
     "swiglu": {"xla": reference.swiglu},
@@ -30,9 +30,12 @@ def rope(x, cos, sin):
     return IMPLEMENTATIONS["rope"]["xla"](x, cos, sin)
 
 
-def attention(q, k, v, positions):
-    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H]; in q's type."""
-    return IMPLEMENTATIONS["attention"]["xla"](q, k, v, positions)
+def attention(q, k: Array, v: Array, positions):
+    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H], float or int8; in q's type."""
+    implementation = IMPLEMENTATIONS["attention"]["xla"]
+    if isinstance(k, QTensor):
+        return implementation(q, k.values, v.values, positions, k.scale, v.scale)
+    return implementation(q, k, v, positions)
 
 
 def swiglu(gate, up):
@@ -42,6 +45,9 @@ def swiglu(gate, up):
 
 def matmul(x, w: Array):
     """x [..., in] times w [*out, in] transposed: float32 [..., *out], whether w is float or int8."""
+    if isinstance(w, QTensor) and w.int8_inputs:
+        q = quantize(x, "w8a8")
+        return IMPLEMENTATIONS["w8a8_matmul"]["xla"](q.values, q.scale, w.values, w.scale)
     if isinstance(w, QTensor):
         return IMPLEMENTATIONS["int8_matmul"]["xla"](x, w.values, w.scale)
     return IMPLEMENTATIONS["matmul"]["xla"](x, w)
@@ -50,7 +56,7 @@ def matmul(x, w: Array):
 def embed(tokens, table: Array, dtype):
     """Rows of table [V, D] for tokens int32 [...]: [..., D] in dtype."""
     if isinstance(table, QTensor):
-        return (table.values[tokens].astype(jnp.float32) * table.scale[tokens][..., None]).astype(dtype)
+        return dequantize(QTensor(table.values[tokens], table.scale[tokens]), dtype)
     return table[tokens].astype(dtype)
 
 

@@ -1,34 +1,74 @@
-"""Symmetric int8 quantization of weights, one scale an output channel."""
+"""Symmetric int8 quantization: weights an output channel or a group of 128 inputs, activations a token.
+
+A weight whose activations become int8 too ("w8a8") is rotated first, and so are they: each block of up to 128 inputs is
+multiplied by a Hadamard matrix, which leaves the product as it is and spreads the few large activations of a LLaMA over
+their block, so that one scale a token suffices.  Ashkboos et al. 2024 (QuaRot), section 4.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.kernels import reference
+from jaxllm.kernels.reference import GROUP
 from jaxllm.tensor import QTensor
 
+SCHEMES = ("int8", "int8-g128", "w8a8")
+NOT_FINITE = "holds a weight that is not finite (NaN or infinite), which int8 cannot hold; keep it float"
 LEVELS = 127  # -128 is left out: the grid is symmetric, and a negated weight quantizes to the negated values
 TINY = 1e-37  # the smallest scale; below it weights that matter are denormal numbers, which XLA takes for 0
 
 
-def quantize(w) -> QTensor:
-    """Float weight [*out, in] to int8 values and float32 scales: scale is max|row| / 127, values round half to even.
+def quantize(w, scheme: str = "int8") -> QTensor:
+    """Float weight [*out, in] to int8 values and float32 scales: scale is max|w| / 127, values round half to even.
 
-    numpy in, numpy out (what conversion writes); jax in, jax out, and on a CPU bit for bit the same.  A row of zeros,
-    or of weights below 1e-35, has scale 0.  Raises ValueError when a weight is not finite (numpy only).
+    The maximum is taken over an output channel, or over each group of 128 inputs with scheme "int8-g128"; with "w8a8"
+    the weight is rotated first.  Of activations [..., in] a "channel" is a token.  numpy in, numpy out (what conversion
+    writes); jax in, jax out, and on a CPU bit for bit the same where nothing is rotated.  What is all zeros, or below
+    1e-35, has scale 0.  Raises ValueError when a weight is not finite (numpy; in jax its scale is not finite).
     """
     xp = jnp if isinstance(w, jax.Array) else np
+    if scheme == "w8a8":
+        w = rotate(w)
     w = w.astype(xp.float32)
+    size = w.shape[-1]
+    if scheme == "int8-g128":
+        padding = [(0, 0)] * (w.ndim - 1) + [(0, -size % GROUP)]
+        w = xp.pad(w, padding).reshape(*w.shape[:-1], -1, GROUP)
     peak = xp.max(xp.abs(w), axis=-1)
     if xp is np and not np.isfinite(peak).all():
-        raise ValueError("holds a weight that is not finite (NaN or infinite), which int8 cannot hold; keep it float")
+        raise ValueError(NOT_FINITE)
     # inverses are spelled out because XLA multiplies by them where a divisor is broadcast, and numpy does not
     scale = peak * xp.float32(1 / LEVELS)
-    scale = xp.where(scale >= TINY, scale, xp.float32(0))
+    scale = xp.where(scale < TINY, xp.float32(0), scale)
     inverse = 1 / xp.where(scale > 0, scale, xp.float32(1))
-    values = xp.rint(w * inverse[..., None])
-    return QTensor(xp.clip(values, -LEVELS, LEVELS).astype(xp.int8), scale)
+    values = xp.clip(xp.rint(w * inverse[..., None]), -LEVELS, LEVELS).astype(xp.int8)
+    if scheme == "int8-g128":
+        values = values.reshape(*values.shape[:-2], -1)[..., :size]
+    return QTensor(values, scale, int8_inputs=scheme == "w8a8")
 
 
 def dequantize(w: QTensor, dtype=jnp.float32):
     """The float weight [*out, in] that w stands for."""
-    return (w.values.astype(jnp.float32) * w.scale[..., None]).astype(dtype)
+    weight = reference.dequantize(w.values, w.scale)
+    return (rotate(weight) if w.int8_inputs else weight).astype(dtype)
+
+
+def rotate(x):
+    """x [..., in] with each block of inputs times an orthonormal Hadamard matrix: float32 [..., in].
+
+    Blocks have the largest power of two that divides `in`, up to 128.  Its own inverse, and with both sides rotated a
+    product x @ w.T stays as it was.  numpy in, numpy out; jax in, jax out.
+    """
+    size = x.shape[-1]
+    block = min(size & -size, GROUP)
+    index = np.arange(block)
+    # Sylvester's matrix: the sign is the parity of the bits that row and column number share
+    parity = np.array([bin(i).count("1") & 1 for i in range(block)])
+    signs = 1 - 2 * parity[index[:, None] & index]
+    blocks = x.reshape(*x.shape[:-1], size // block, block)
+    if isinstance(x, jax.Array):
+        spread = reference.einsum("...i,ij->...j", blocks, jnp.asarray(signs, x.dtype))  # +-1 is exact in any type
+    else:
+        spread = blocks.astype(np.float32) @ signs.astype(np.float32)
+    return spread.reshape(x.shape) * np.float32(block**-0.5)

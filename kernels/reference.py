@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 # XLA's default lets a GPU multiply float32 in tf32, which keeps 10 bits of the mantissa
 EXACT = jax.lax.Precision.HIGHEST
+GROUP = 128  # inputs that share a scale, where a weight's scales are not one an output channel
 FEW_ROWS = 8  # up to here a CPU takes longer to convert a weight than to multiply by it
 
 
-def _einsum(spec, a, b):
+def einsum(spec, a, b):
     """The einsum of a and b, of one type, with products and sums in float32."""
 
     def multiply(a, b):
@@ -49,7 +50,7 @@ def matmul(x, w):
 
 
 def _dot(rows, matrix):
-    return _einsum("ri,oi->ro", rows, matrix.astype(rows.dtype))
+    return einsum("ri,oi->ro", rows, matrix.astype(rows.dtype))
 
 
 def _multiply_sum(row, matrix):
@@ -61,13 +62,55 @@ def _multiply_sum(row, matrix):
 
 
 def int8_matmul(x, values, scale):
-    """x [..., in] times int8 values [*out, in] transposed, times scale [*out]: float32 [..., *out].
+    """x [..., in] times the int8 weight of values [*out, in] and scale, transposed: float32 [..., *out].
 
-    The scale is one number an output channel, so it is applied to the sum and not to every weight.
+    scale [*out] is one number an output channel, and applied to the sum instead of to every weight; of groups, scale is
+    [*out, groups] as in `dequantize`.
     """
     # ties the weight to x: in a decode loop XLA would else convert all weights once, before the loop, and keep them
     x, values = jax.lax.optimization_barrier((x, values))
-    return matmul(x, values) * scale
+    if scale.ndim < values.ndim:
+        return matmul(x, values) * scale
+    return matmul(x, dequantize(values, scale))
+
+
+def dequantize(values, scale):
+    """The weight float32 [*out, in] of int8 values [*out, in] and scale: [*out], or [*out, groups] of 128 inputs."""
+    if scale.ndim < values.ndim:
+        scale = scale[..., None]
+    else:
+        scale = jnp.repeat(scale, GROUP, axis=-1)[..., : values.shape[-1]]  # the last group may be short
+    return values.astype(jnp.float32) * scale
+
+
+def w8a8_matmul(x, x_scale, values, scale):
+    """int8 x [..., in] times int8 values [*out, in] transposed, summed in int32, times x_scale [...] and scale [*out].
+
+    float32 [..., *out].
+    """
+    rows, matrix = x.reshape(-1, x.shape[-1]), values.reshape(-1, values.shape[-1])
+
+    def dot(rows, matrix):
+        return jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=jnp.int32)
+
+    def dot_of_two(rows, matrix):
+        return dot(jnp.pad(rows, [(0, 1), (0, 0)]), matrix)[:1]
+
+    def multiply_sum(row, matrix):
+        return jnp.sum(matrix.astype(jnp.int32) * row.astype(jnp.int32), axis=-1)
+
+    if len(rows) == 1:
+        # a CPU has instructions for int8 products, but XLA takes them from two rows on
+        out = jax.lax.platform_dependent(
+            rows, matrix, cpu=dot_of_two, default=lambda rows, matrix: multiply_sum(rows[0], matrix)[None]
+        )
+    elif x.shape[-1] % 4:
+        # on a GPU, XLA's int8 dot over 35 inputs gives twice the sum (jax 0.11.2, H100)
+        out = jax.lax.platform_dependent(rows, matrix, cpu=dot, default=jax.vmap(multiply_sum, in_axes=(0, None)))
+    else:
+        out = dot(rows, matrix)
+    out = out.reshape(*x.shape[:-1], *values.shape[:-1])
+    return out * x_scale.reshape(*x_scale.shape, *(1,) * scale.ndim) * scale
 
 
 def rope(x, cos, sin):
@@ -81,17 +124,22 @@ def rope(x, cos, sin):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, positions):
+def attention(q, k, v, positions, k_scale=None, v_scale=None):
     """Attention of q [B, T, K, G, H] over k and v [B, K, S, H], in q's type.
 
+    k and v are of q's type, or int8 with k_scale and v_scale [B, K, S], one number a slot and head.
     The query at positions [B, T] sees the slots 0 to its own position and no later one, so slots that are not filled
     yet have no weight.  Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 for the groups.
     """
     # k before q, so that XLA reads k and v where they lie; the other way round it transposes k, and jax 0.10 copies it
-    scores = _einsum("BKSH,BTKGH->BKSGT", k, q)
+    scores = einsum("BKSH,BTKGH->BKSGT", k.astype(q.dtype), q)
+    if k_scale is not None:
+        scores = scores * k_scale[..., None, None]
     visible = jnp.arange(k.shape[2])[:, None, None] <= positions[:, None, None, None, :]
-    weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=2).astype(q.dtype)
-    return _einsum("BKSGT,BKSH->BTKGH", weights, v).astype(q.dtype)
+    weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=2)
+    if v_scale is not None:
+        weights = weights * v_scale[..., None, None]
+    return einsum("BKSGT,BKSH->BTKGH", weights.astype(q.dtype), v.astype(q.dtype)).astype(q.dtype)
 
 
 def swiglu(gate, up):

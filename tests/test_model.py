@@ -10,9 +10,17 @@ import pytest
 
 from jaxllm.config import PRESETS, ModelConfig, RopeScaling, preset
 from jaxllm.errors import InputError, ModelError
-from jaxllm.model import abstract_params, init_cache, init_params, rope_frequencies
+from jaxllm.model import (
+    MATRICES,
+    abstract_params,
+    init_cache,
+    init_params,
+    matrix_scheme,
+    quantize_params,
+    rope_frequencies,
+)
 from jaxllm.model import forward as eager_forward
-from jaxllm.quantize import dequantize, quantize
+from jaxllm.quantize import SCHEMES, dequantize, quantize
 from jaxllm.tensor import QTensor
 
 forward = jax.jit(eager_forward, static_argnums=1)
@@ -28,6 +36,8 @@ VARIANTS = {
     "theta": replace(SMALL, rope_theta=500000.0, norm_eps=1e-3),
     "scaled rope": replace(SMALL, rope_scaling=RopeScaling(8.0, original_max_len=16), rope_theta=50.0),
 }
+# weights of more than one group, and rotations of 64 (D), 8 (N*H) and 4 (F) inputs
+WIDE = replace(SMALL, dim=192, n_layers=1, ffn_dim=300)
 
 
 def random_params(config, seed=0):
@@ -42,8 +52,19 @@ def random_params(config, seed=0):
     return jax.tree.map(draw, abstract_params(config))
 
 
+def to_int8_and_back(x):
+    """What an int8 cache keeps of one head's key or value [H]."""
+    scale = np.abs(x).max() / 127
+    levels = x / scale
+    assert (np.abs(levels - np.floor(levels) - 0.5) > 2e-4).all(), (
+        "float32 may round it the other way: take another seed"
+    )
+    return np.rint(levels) * scale
+
+
 def slow_forward(params, config, tokens):
     """Logits [T, V] of one row, in float64, one head and one position at a time."""
+    keep = to_int8_and_back if config.kv_cache == "int8" else lambda x: x
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     heads, size = config.n_heads, config.head_dim
 
@@ -70,8 +91,8 @@ def slow_forward(params, config, tokens):
         ks, vs, out = [], [], []
         for position, x in enumerate(xs):
             h = norm(x, layer.attn_norm)
-            ks.append([turn(layer.wqkv[k, -2] @ h, position) for k in range(config.n_kv_heads)])
-            vs.append([layer.wqkv[k, -1] @ h for k in range(config.n_kv_heads)])
+            ks.append([keep(turn(layer.wqkv[k, -2] @ h, position)) for k in range(config.n_kv_heads)])
+            vs.append([keep(layer.wqkv[k, -1] @ h) for k in range(config.n_kv_heads)])
             mixed = []
             for n in range(heads):
                 k, g = divmod(n, config.group)
@@ -120,6 +141,27 @@ def test_pieces_of_ragged_rows_equal_one_forward(name):
         np.testing.assert_array_equal(cache.length, at + 1)
 
 
+def test_int8_cache_equals_float64():
+    """Ragged rows in two pieces, then one token at a time, over the keys and values that int8 keeps."""
+    config = replace(SMALL, kv_cache="int8")
+    params = random_params(config)
+    tokens = np.random.default_rng(9).integers(0, config.vocab_size, (2, 13))
+    want = np.stack([slow_forward(params, config, row) for row in tokens])
+    cache, lengths = init_cache(config, 2, 13), np.zeros(2, int)
+    # in the second piece, the first row's padding reaches beyond the last slot, which holds a token of the same piece
+    for piece in np.array([[7, 2], [6, 9], [0, 1], [0, 1]]):
+        at = np.minimum(lengths[:, None] + np.arange(piece.max()), 12)
+        padded = np.where(np.arange(piece.max()) < piece[:, None], tokens[np.arange(2)[:, None], at], 7)
+        got, cache = forward(params, config, padded, cache, piece)
+        for row, n in enumerate(piece):
+            np.testing.assert_allclose(got[row, :n], want[row, lengths[row] :][:n], atol=5e-5)
+        lengths += piece
+        np.testing.assert_array_equal(cache.length, lengths)
+    assert all(a.values.dtype == jnp.int8 and a.scale.dtype == jnp.float32 for a in cache.k + cache.v)
+    without = np.stack([slow_forward(params, SMALL, row) for row in tokens])
+    assert np.abs(want - without).max() > 1e-2  # which is not what a float cache keeps
+
+
 def test_padding_beyond_the_last_slot_leaves_the_cache_alone():
     params = random_params(SMALL)
     tokens = np.random.default_rng(3).integers(0, 97, (1, 9))
@@ -131,26 +173,64 @@ def test_padding_beyond_the_last_slot_leaves_the_cache_alone():
     np.testing.assert_allclose(got[0, 0], full[0, 8], atol=2e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 12])
-def test_int8_equals_its_dequantized_weights(rows):
-    params = random_params(SMALL)
-    small = jax.tree.map(lambda a: quantize(a) if a.ndim > 1 else a, params)
-    is_int8 = lambda a: isinstance(a, QTensor)  # noqa: E731
-    wide = jax.tree.map(lambda a: dequantize(a) if is_int8(a) else a, small, is_leaf=is_int8)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, dtype="bfloat16", n_kv_heads=1)], ids=["gqa", "mqa"])
+def test_bytes_of_an_int8_cache(config):
+    cache = jax.eval_shape(lambda: init_cache(replace(config, kv_cache="int8"), 3, 20))
+    heads = 2 * config.n_layers * 3 * config.n_kv_heads * 20  # of keys and values, in all slots
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == heads * (6 + 4) + 3 * 4
+
+
+def quantized(params, scheme):
+    """Params as int8, by numpy: in JAX every shape would be compiled."""
+    return jax.tree.map(jnp.asarray, quantize_params(jax.tree.map(np.asarray, params), scheme))
+
+
+def widened(params):
+    """Params with every QTensor as the float weight that it stands for."""
+
+    def is_int8(a):
+        return isinstance(a, QTensor)
+
+    params = jax.tree.map(np.asarray, params)
+    return jax.tree.map(lambda a: jnp.asarray(dequantize(a) if is_int8(a) else a), params, is_leaf=is_int8)
+
+
+@pytest.mark.parametrize(
+    "scheme, rows, bound",  # of w8a8, whose activations round too, 0.024 was measured
+    [("int8", 1, 1e-5), ("int8", 12, 1e-5), ("int8-g128", 12, 1e-5), ("w8a8", 1, 0.04), ("w8a8", 12, 0.04)],
+)
+def test_int8_equals_its_dequantized_weights(scheme, rows, bound):
+    params = random_params(WIDE)
+    small = quantized(params, scheme)
     tokens = np.random.default_rng(4).integers(0, 97, (1, rows))
-    got, want = forward(small, SMALL, tokens)[0], forward(wide, SMALL, tokens)[0]
-    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
-    assert np.linalg.norm(got - forward(params, SMALL, tokens)[0]) > 1e-4 * np.linalg.norm(want)  # it is another model
+    got, want = forward(small, WIDE, tokens)[0], forward(widened(small), WIDE, tokens)[0]
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+    assert np.linalg.norm(got - forward(params, WIDE, tokens)[0]) > 1e-4 * np.linalg.norm(want)  # it is another model
 
 
-def test_bfloat16_is_close_and_stays_bfloat16():
-    config = replace(SMALL, dtype="bfloat16")
+def test_a_row_of_w8a8_does_not_depend_on_its_mates():
+    params = quantized(random_params(WIDE), "w8a8")
+    params = replace(params, embed=replace(params.embed, scale=params.embed.scale.at[0].mul(1e4)))
+    tokens = np.random.default_rng(8).integers(1, 97, (3, 4))
+    others = np.zeros((3, 4), int)  # embedded ten thousand times as large
+    others[1] = tokens[1]
+    got, want = (forward(params, WIDE, t)[0][1] for t in (others, tokens))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("scheme, kv_cache, bound", [(None, None, 0.03), ("w8a8", "int8", 0.05)])
+def test_bfloat16_is_close_and_stays_bfloat16(scheme, kv_cache, bound):
+    config = replace(WIDE, dtype="bfloat16", kv_cache=kv_cache)
     params = random_params(config)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    if scheme:
+        params, exact = quantized(params, scheme), widened(quantized(exact, scheme))
     tokens = np.random.default_rng(5).integers(0, 97, (2, 10))
     got, cache = forward(params, config, tokens, init_cache(config, 2, 16))
-    want, _ = forward(jax.tree.map(lambda a: a.astype(jnp.float32), params), SMALL, tokens)
-    assert cache.k[0].dtype == jnp.bfloat16 and got.dtype == jnp.float32
-    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
+    want, _ = forward(exact, WIDE, tokens)
+    assert got.dtype == jnp.float32 and params.norm.dtype == jnp.bfloat16
+    assert cache.k[0].values.dtype == jnp.int8 if kv_cache else cache.k[0].dtype == jnp.bfloat16
+    assert np.linalg.norm(got - want) < bound * np.linalg.norm(want)
 
 
 def test_gradient_equals_finite_differences():
@@ -170,20 +250,86 @@ def test_gradient_equals_finite_differences():
     np.testing.assert_allclose((ahead - behind) / (2 * step), expected, rtol=1e-2)
 
 
-def test_gradient_passes_through_int8_weights():
-    params = jax.tree.map(lambda a: quantize(a) if a.ndim > 1 else a, random_params(SMALL))
+@pytest.mark.parametrize("scheme", ["int8", "int8-g128"])
+def test_gradient_passes_through_int8_weights(scheme):
+    small = quantized(random_params(WIDE), scheme)
     tokens = np.array([[1, 2, 3]])
-    gradient = jax.grad(lambda norm: forward(replace(params, norm=norm), SMALL, tokens)[0].sum())(params.norm)
-    assert np.abs(gradient).max() > 0
+
+    def gradient(params):
+        def loss(norms):
+            layers = tuple(replace(layer, attn_norm=norms[0], ffn_norm=norms[1]) for layer in params.layers)
+            return jax.nn.log_softmax(forward(replace(params, layers=layers), WIDE, tokens)[0])[..., 5].sum()
+
+        return jax.grad(loss)((params.layers[0].attn_norm, params.layers[0].ffn_norm))
+
+    for got, want in zip(gradient(small), gradient(widened(small)), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want) > 0
 
 
-def test_vmap_equals_a_loop():
-    params = [random_params(SMALL, seed) for seed in range(3)]
+@pytest.mark.parametrize("scheme, kv_cache", [(None, None), ("w8a8", "int8")])
+def test_vmap_equals_a_loop(scheme, kv_cache):
+    config = replace(WIDE, kv_cache=kv_cache)
+    params = [random_params(config, seed) for seed in range(3)]
+    if scheme:
+        params = [quantized(p, scheme) for p in params]
     tokens = np.random.default_rng(7).integers(0, 97, (3, 1, 6))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    got = jax.vmap(lambda p, t: forward(p, SMALL, t, init_cache(SMALL, 1, 8))[0])(stacked, tokens)
+    run = lambda p, t: forward(p, config, t, init_cache(config, 1, 8))[0]  # noqa: E731
+    got = jax.vmap(run)(stacked, tokens)
     for i in range(3):
-        np.testing.assert_allclose(got[i], forward(params[i], SMALL, tokens[i])[0], atol=2e-5)
+        np.testing.assert_allclose(got[i], run(params[i], tokens[i]), atol=2e-5)
+
+
+def scheme_of(weight):
+    if not isinstance(weight, QTensor):
+        return None
+    if weight.int8_inputs:
+        return "w8a8"
+    return "int8-g128" if weight.scale.ndim == weight.values.ndim else "int8"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tied, keep_float", [(False, ()), (True, ()), (False, ("output", "wqkv")), (True, ["embed"])])
+def test_abstract_params_are_what_quantize_params_makes(scheme, tied, keep_float):
+    config = replace(WIDE, tied=tied, dtype="bfloat16")
+    params = random_params(config)
+    abstract = abstract_params(config, scheme, keep_float)
+    in_jax = jax.eval_shape(lambda p: quantize_params(p, scheme, keep_float), params)
+    params = jax.tree.map(np.asarray, params)
+    in_numpy = quantize_params(params, scheme, keep_float)
+    for made in (in_jax, in_numpy):
+        assert jax.tree.structure(made) == jax.tree.structure(abstract)  # which holds int8_inputs
+        for got, want in zip(*map(jax.tree.leaves, (made, abstract)), strict=True):
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+    for part, before in ((in_numpy, params), (in_numpy.layers[0], params.layers[0])):
+        for name in vars(part).keys() - {"layers"}:
+            weight, expected = getattr(part, name), scheme if name in MATRICES and name not in keep_float else None
+            if expected == "w8a8" and name in ("embed", "output"):
+                expected = "int8"
+            assert matrix_scheme(name, scheme, keep_float) == expected and matrix_scheme(name, None) is None
+            assert weight is None or scheme_of(weight) == expected
+            assert expected or weight is getattr(before, name)  # norms and what is kept float: untouched
+            if isinstance(weight, QTensor):
+                want = quantize(getattr(before, name), expected)
+                np.testing.assert_array_equal(weight.values, want.values)
+                np.testing.assert_array_equal(weight.scale, want.scale)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("int4",), "'int4'.*int8, int8-g128, w8a8"),
+        (("int8", ("norm",)), "'norm'.*embed, wqkv, wo, w_gate_up, w_down, output"),
+        (("int8", ("embed", "w1")), "'w1'"),
+        (("w8a8", ("output",)), "'output'.*w_down$"),  # of a tied model
+        ((None, ("wqkv",)), "'wqkv'.*nothing is quantized"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        abstract_params(replace(SMALL, tied="output" in arguments[-1]), *arguments)
+    assert "\n" not in str(caught.value)
 
 
 # Published counts: each release's model card or paper, or the sum over its checkpoint's tensors
@@ -231,7 +377,15 @@ def test_frequencies_of_llama31():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(n_kv_heads=3), dict(head_dim=7), dict(dim=0), dict(dim=2.0), dict(norm_eps=math.nan), dict(dtype="int8")],
+    [
+        dict(n_kv_heads=3),
+        dict(head_dim=7),
+        dict(dim=0),
+        dict(dim=2.0),
+        dict(norm_eps=math.nan),
+        dict(dtype="int8"),
+        dict(kv_cache="int4"),
+    ],
 )
 def test_impossible_configs_are_refused(change):
     with pytest.raises(ModelError, match=next(iter(change))):
@@ -239,7 +393,7 @@ def test_impossible_configs_are_refused(change):
 
 
 def test_config_survives_json():
-    for config in VARIANTS.values():
+    for config in (*VARIANTS.values(), replace(SMALL, kv_cache="int8")):
         assert ModelConfig.from_json(config.to_json()) == config
     with pytest.raises(ModelError, match="colour"):
         ModelConfig.from_json(SMALL.to_json() | {"colour": 3})
