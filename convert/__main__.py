@@ -11,7 +11,8 @@ from jaxllm.config import DTYPES
 from jaxllm.convert import meta
 from jaxllm.errors import ArgumentParser, InputError, ModelError, run_command
 from jaxllm.loader import check_vocabulary, parameter_shapes, save
-from jaxllm.model import abstract_params
+from jaxllm.model import MATRICES, abstract_params
+from jaxllm.quantize import SCHEMES
 from jaxllm.tokenizer import load_tokenizer
 
 
@@ -22,7 +23,11 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder with params.json and consolidated.NN.pth")
     parser.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-    parser.add_argument("--quantize", choices=["int8"], help="store the matrices as int8, half of bfloat16's size")
+    parser.add_argument("--quantize", choices=SCHEMES, help="store the matrices as int8, half of bfloat16's size")
+    parser.add_argument(
+        "--keep-float", nargs="+", action="extend", default=[], choices=MATRICES, metavar="NAME",
+        help=f"but not these: {', '.join(MATRICES)}",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="store float weights as this (default: as they are)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: tokenizer.model in SOURCE or above it")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
@@ -36,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     config = checkpoint.config
     check_vocabulary(load_tokenizer(checkpoint.tokenizer_file), checkpoint.tokenizer_file, config)
 
-    shapes = parameter_shapes(abstract_params(config, args.quantize is not None)).values()
+    shapes = parameter_shapes(abstract_params(config, args.quantize, args.keep_float)).values()
     total = sum(shape.size * shape.dtype.itemsize for shape in shapes)
     name = f"{args.source.name} -> {args.out}"
     # delay and leave: what is refused is told in one line, without a bar above it
@@ -47,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
             checkpoint.weights,
             checkpoint.tokenizer_file,
             quantize=args.quantize,
+            keep_float=args.keep_float,
             overwrite=args.overwrite,
             progress=bar.update,
         )

@@ -1,6 +1,7 @@
 """Text generation: the library's `generate` and `stream`, and the command `python -m jaxllm.generate`."""
 
 import json
+import os
 import signal
 import sys
 import time
@@ -13,10 +14,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxllm import resources
+from jaxllm.config import KV_CACHES, preset
 from jaxllm.errors import ArgumentParser, InputError, run_command
-from jaxllm.loader import DEMO, Model, load
+from jaxllm.loader import Model, load, open_folder, plan_folder
+from jaxllm.model import MATRICES
 from jaxllm.ops import check_implementations
-from jaxllm.pipeline import generate_tokens, row_limits
+from jaxllm.pipeline import cache_slots, generate_tokens, row_limits
+from jaxllm.quantize import SCHEMES
 from jaxllm.sampling import Sampling
 
 # GB/s from the makers' data sheets, by what JAX calls the device
@@ -33,6 +38,15 @@ PEAK_BANDWIDTH = {
     "NVIDIA GeForce RTX 4090": 1008,
     "NVIDIA GeForce RTX 3090": 936,
 }
+
+
+# XLA's settings of a GPU's memory: it is taken when it is needed (to take most of an H100 at the start costs a second,
+# and gigabytes of the host's memory), up to nine tenths of it.  The rest is left to others, and to what is not in XLA's
+# pool: kernels, the CUDA context, cuBLAS's workspace.
+GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_CLIENT_MEM_FRACTION": "0.9"}
+GPU_MEMORY_TOO = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR")  # other ways for the user to decide
+
+_IMPORTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,14 @@ class Generation:
         self._finish: list[str | None] = [None] * len(self._prompts)
         self._times: list[tuple[float, float, int]] = []  # clock, seconds of compilation so far, tokens chosen so far
         self._limits = row_limits(model.config, self._ids, max_new_tokens, max_len)
+        model.check()
+        slots = cache_slots(self._ids, self._limits, max_len or model.config.max_len)
+        resources.require_memory(
+            resources.plan(model.config, len(self._ids), slots),
+            resources.free_memory(model.params.norm.device),
+            weights_loaded=True,
+            least=max(map(len, self._ids)) + 1,
+        )
         self._chunks = generate_tokens(
             model.params, model.config, self._ids, self._sampling, max_new_tokens, model.tokenizer.eos_ids, max_len
         )
@@ -84,7 +106,7 @@ class Generation:
         decoders = [self._model.tokenizer.decoder(ids) for ids in self._ids]
         held, chosen = self._held, 0
         self._note(chosen)
-        for chunk in self._chunks:
+        for chunk in self._checked_chunks():
             chosen += int((chunk >= 0).sum())
             self._note(chosen)
             for row, tokens in enumerate(chunk.tolist()):
@@ -99,6 +121,16 @@ class Generation:
                     yield row, piece
             if all(self._finish):
                 return
+
+    def _checked_chunks(self):
+        """The chunks, as long as the model is what it was: text from weights that changed would be garbage."""
+        while True:
+            self._model.check()
+            chunk = next(self._chunks, None)
+            self._model.check()
+            if chunk is None:
+                return
+            yield chunk
 
     def _take(self, row, tokens, decoder, held):
         """Take in a row's next tokens, up to its end if that is among them; `held` with their text behind it."""
@@ -143,16 +175,21 @@ class Generation:
     def stats(self) -> dict:
         """Speed of the whole batch, as a dict of numbers.
 
-        compile_s, prefill_tokens_per_s and decode_tokens_per_s (compilation left out), bytes_per_token (the least that
-        decoding a token has to read: weights and filled cache), gb_per_s, and share_of_peak, gb_per_s over the
+        compile_s (tracing, and compiling or reading from the cache) and prefill_compile_s (that of it before the first
+        token); prefill_s (to the first token), prefill_tokens_per_s and decode_tokens_per_s, all without compilation;
+        bytes_per_token (the least that decoding a token has to read: weights and filled cache), gb_per_s, and
+        share_of_peak, gb_per_s over the
         bandwidth in the device's data sheet.  What was not measured is None.
         """
-        stats = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s", "gb_per_s", "share_of_peak"))
+        measured = "prefill_compile_s", "prefill_s", "prefill_tokens_per_s", "decode_tokens_per_s"
+        stats = dict.fromkeys((*measured, "gb_per_s", "share_of_peak"))
         stats |= {"compile_s": self._times[-1][1] - self._times[0][1] if self._times else None}
         stats |= {"bytes_per_token": self._bytes_per_token()}
         if len(self._times) > 1:
             (t0, c0, _), (t1, c1, n1) = self._times[:2]
-            stats["prefill_tokens_per_s"] = sum(map(len, self._ids)) / max(t1 - t0 - (c1 - c0), 1e-9)
+            stats["prefill_compile_s"] = c1 - c0
+            stats["prefill_s"] = max(t1 - t0 - (c1 - c0), 1e-9)
+            stats["prefill_tokens_per_s"] = sum(map(len, self._ids)) / stats["prefill_s"]
             t2, c2, n2 = self._times[-1]
             if n2 > n1:
                 stats["decode_tokens_per_s"] = (n2 - n1) / max(t2 - t1 - (c2 - c1), 1e-9)
@@ -168,8 +205,8 @@ class Generation:
             weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(params.embed))
         # halfway through the answer
         filled = sum(len(ids) + len(tokens) // 2 for ids, tokens in zip(self._ids, self._tokens, strict=True))
-        slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-        return (weights + filled * slot) // len(self._ids)
+        width = config.head_dim + 4 if config.kv_cache else config.head_dim * jnp.dtype(config.dtype).itemsize
+        return (weights + filled * 2 * config.n_layers * config.n_kv_heads * width) // len(self._ids)
 
 
 def _check_texts(prompts, stop):
@@ -241,31 +278,93 @@ _compiling = _Compiling()
 
 def main(argv: Sequence[str]) -> None:
     """Generate as the command line says; raises InputError for what the user has to change."""
+    imported = _process_seconds()
     args = _parse(argv)
+    if args.plan:
+        _print_plan(args)
+        return
     prompts = _prompts(args)
     _check_texts(prompts, args.stop)
     sampling = _sampling(args)
-    if args.plan:
-        raise InputError("--plan is not in this version of jaxllm; leave it out")
     if args.echo and args.json:
         raise InputError("--echo can have no effect with --json, which always holds the prompt; leave one out")
     check_implementations(args.impl)
 
+    settled = _settle_gpu_memory()
     start = time.perf_counter()
-    model = load(args.model or DEMO, args.quantize, args.dtype, args.tokenizer)
-    load_s = time.perf_counter() - start
+    device = jax.devices()[0]
+    times = {"import_s": imported, "device_s": time.perf_counter() - start}
+    if device.platform == "gpu" and settled:
+        limit = resources.format_size(device.memory_stats()["bytes_limit"])
+        settings = " ".join(f"{name}={value}" for name, value in GPU_MEMORY.items())
+        print(f"taking up to {limit} of the GPU's memory as needed ({settings})", file=sys.stderr)
+    start = time.perf_counter()
+    model = _load(args, prompts)
+    times["load_s"] = time.perf_counter() - start
     if args.model is None:
         print("no --model: using the small demonstration model inside the package", file=sys.stderr)
     generation = Generation(model, prompts, sampling, args.max_new_tokens, args.stop, args.max_len)
     sys.stdout.reconfigure(encoding="utf-8")
     try:
-        _print_text(generation, prompts, args)
+        _print_text(generation, prompts, args, times)
     finally:  # also on Ctrl-C: what there is so far
         if args.json:
             for result in generation.results:
-                print(json.dumps(asdict(result) | {"stats": {"load_s": load_s} | result.stats}))
+                print(json.dumps(asdict(result) | {"stats": times | result.stats}))
         if args.stats:
-            _print_stats({"load_s": load_s} | generation.stats)
+            _print_stats(times | generation.stats)
+
+
+def _load(args, prompts):
+    """The model, if it, and a cache for these prompts, fit into memory."""
+    folder = open_folder(args.model, args.tokenizer)
+    ids = [folder.tokenizer.encode(prompt) for prompt in prompts]
+    limits = row_limits(folder.config, ids, args.max_new_tokens, args.max_len)
+    slots = cache_slots(ids, limits, args.max_len or folder.config.max_len)
+    settings = _memory_settings(args)
+    plan = plan_folder(folder, len(prompts), slots, **settings)
+    resources.require_memory(plan, resources.free_memory(), least=max(map(len, ids)) + 1)
+    return load(folder, **settings)
+
+
+def _memory_settings(args):
+    return {name: getattr(args, name) for name in ("quantize", "dtype", "kv_cache", "keep_float")}
+
+
+def _print_plan(args):
+    """Print the memory plan of a model folder or of a preset; nothing is loaded."""
+    if args.preset and args.model:
+        raise InputError("--preset and --model are both given; give one")
+    memory = resources.parse_size(args.device_memory) if args.device_memory else None
+    batch = len(args.prompt) if args.prompt else 1
+    if args.preset:
+        settings = _memory_settings(args)
+        plan = resources.plan(preset(args.preset), batch, args.max_len, **settings)
+    else:
+        plan = plan_folder(open_folder(args.model, args.tokenizer), batch, args.max_len, **_memory_settings(args))
+    free = resources.free_memory() if memory is None else memory
+    if args.json:
+        print(json.dumps(resources.report(plan, free)))
+    else:
+        print(f"{args.preset or args.model or 'the small model inside the package'}:\n{resources.table(plan, free)}")
+
+
+def _settle_gpu_memory():
+    """Decide how JAX takes a GPU's memory, unless the user has: whether it was decided here."""
+    if any(name in os.environ for name in (*GPU_MEMORY, *GPU_MEMORY_TOO)):
+        return False
+    os.environ |= GPU_MEMORY
+    return True
+
+
+def _process_seconds():
+    """Seconds since this process was started; where the system does not tell, since this module was imported."""
+    try:
+        with open("/proc/self/stat") as file:
+            started = int(file.read().rpartition(")")[2].split()[19])  # proc(5): field 22, in clock ticks since boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.perf_counter() - _IMPORTED
 
 
 def _parse(argv):
@@ -286,15 +385,28 @@ def _parse(argv):
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before these")
-    parser.add_argument("--quantize", choices=["int8"], help="quantize a float model while loading")
+    parser.add_argument("--quantize", choices=SCHEMES, help="quantize a float model while loading")
+    parser.add_argument(
+        "--keep-float", nargs="+", action="extend", default=[], choices=MATRICES, metavar="NAME",
+        help=f"but not these: {', '.join(MATRICES)}",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="type of activations and cache")
+    parser.add_argument("--kv-cache", choices=KV_CACHES[1:], help="half the cache of bfloat16 (default: as --dtype)")
     parser.add_argument("--max-len", type=int, metavar="N", help="context in tokens (default: the model's)")
     parser.add_argument("--impl", default="auto", metavar="auto|xla|OP=IMPL,...", help="implementation of the ops")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--stats", action="store_true", help="print times and speeds to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")
-    parser.add_argument("--plan", action="store_true", help="not in this version")
-    return parser.parse_args(argv)
+    parser.add_argument("--plan", action="store_true", help="only print how much memory --model or --preset takes")
+    parser.add_argument("--preset", metavar="NAME", help="with --plan: a released model, such as llama2-70b")
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="with --plan: 24GiB and the like (default: what is free)"
+    )
+    args = parser.parse_args(argv)
+    for name in ("preset", "device_memory"):
+        if getattr(args, name) is not None and not args.plan:
+            raise InputError(f"--{name.replace('_', '-')} belongs to --plan; leave it out, or add that")
+    return args
 
 
 def _prompts(args):
@@ -329,7 +441,7 @@ def _sampling(args):
     return sampling
 
 
-def _print_text(generation, prompts, args):
+def _print_text(generation, prompts, args, times):
     """Print the continuations in order: the first unfinished one as it comes, those behind it when it is their turn."""
     start = prompts if args.echo else [""] * len(prompts)
     texts = list(start)
@@ -349,6 +461,7 @@ def _print_text(generation, prompts, args):
     try:
         with _noted_interrupt() as pressed:
             for at, piece in generation:
+                times.setdefault("first_text_s", _process_seconds())
                 texts[at] += piece
                 if not args.json:
                     show()
@@ -384,11 +497,16 @@ def _noted_interrupt():
 
 def _print_stats(stats):
     def line(name, key, unit, digits=1):
-        value = stats[key]
+        value = stats.get(key)  # no text came, perhaps
         print(f"{name:<16} {'-' if value is None else f'{value:,.{digits}f} {unit}'}", file=sys.stderr)
 
+    line("imports", "import_s", "s", 2)
+    line("device", "device_s", "s", 2)
     line("load", "load_s", "s", 2)
-    line("compile", "compile_s", "s", 2)
+    line("compile prefill", "prefill_compile_s", "s", 2)
+    line("prefill", "prefill_s", "s", 2)
+    line("first text", "first_text_s", "s after the start of the process", 2)
+    line("compile", "compile_s", "s in all", 2)
     line("prefill", "prefill_tokens_per_s", "tokens/s")
     line("decode", "decode_tokens_per_s", "tokens/s")
     line("read per token", "bytes_per_token", "bytes", 0)

@@ -3,35 +3,47 @@
 safetensors: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
 
+import ctypes
 import json
 import math
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxllm import resources
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError, ModelError
-from jaxllm.model import Params, abstract_params
-from jaxllm.pipeline import enable_compilation_cache
+from jaxllm.kernels.reference import GROUP
+from jaxllm.model import MATRICES, Params, abstract_params, matrix_scheme
+from jaxllm.pipeline import LEAST, enable_compilation_cache
+from jaxllm.quantize import NOT_FINITE, SCHEMES
 from jaxllm.quantize import quantize as quantize_weight
-from jaxllm.tensor import QTensor
+from jaxllm.tensor import Array, QTensor
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # bytes: where a tensor starts so, a CPU device can use the map itself
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 TOKENIZER = "tokenizer.model"
+NORMS = ("attn_norm", "ffn_norm", "norm")
 DEMO = Path(__file__).parent / "demo"
+# an upload is staged in pinned memory, which is not given back: more and larger pieces cost memory and gain nothing
+PIECE_BYTES = 16 << 20
+THREADS = 8
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -48,12 +60,61 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
+class MappedFile:
+    """A file of which there is a memory map, and its size and time of change when that was made."""
+
+    path: Path
+    opened: BinaryIO  # asked about the file that is mapped: another one may have its name by now
+    size: int
+    changed_ns: int
+
+    def check(self) -> None:
+        """Raise ModelError if the file was cut short or written to, so that the map holds something else by now."""
+        now = os.fstat(self.opened.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.changed_ns):
+            raise ModelError(
+                f"{self.path} was changed while it was in use ({self.size} bytes before, {now.st_size} now); put it "
+                f"back, and load the model again"
+            )
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder whose headers were read and checked, and of whose weights nothing was read yet.
+
+    config is as stored, quantize and keep_float say how the matrices are (as in `abstract_params`), tensors are views
+    of memory maps by name.
+    """
+
+    path: Path
+    config: ModelConfig
+    quantize: str | None
+    keep_float: tuple[str, ...]
+    tokenizer: Tokenizer
+    tensors: dict[str, np.ndarray]
+    files: tuple[MappedFile, ...]
+
+
+@dataclass(frozen=True)
 class Model:
-    """A loaded model: what `forward` and `generate` need."""
+    """A loaded model: what `forward` and `generate` need.  files are those that the params may be maps of."""
 
     params: Params
     config: ModelConfig
     tokenizer: Tokenizer
+    files: tuple[MappedFile, ...] = ()
+
+    def close(self) -> None:
+        """Give the weights' memory back now, whoever else holds them: they cannot be used any more."""
+        for leaf in jax.tree.leaves(self.params):
+            leaf.delete()
+
+    def check(self) -> None:
+        """Raise InputError if the model was closed, and ModelError if a file under its weights was changed."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params.embed)):
+            raise InputError("the model was closed; load it again")
+        for file in self.files:
+            file.check()
 
 
 @dataclass(frozen=True)
@@ -64,46 +125,195 @@ class Weight:
     blocks: Callable[[], Iterator[np.ndarray]]
 
 
-def load(path=None, quantize: str | None = None, dtype: str | None = None, tokenizer=None) -> Model:
-    """Load a model folder (by default the small model inside the package) onto JAX's default device.
+def open_folder(path=None, tokenizer=None) -> Folder:
+    """Open a model folder (by default the small model inside the package), reading headers and tokenizer only.
 
-    quantize="int8" quantizes the matrices of a float model while it is read.  dtype, "float32" or "bfloat16", is the
-    type of activations and cache: float32 by default on CPUs and for float32 models, else bfloat16.  Float weights
-    that are wider are narrowed to it; narrower ones stay as they are stored, because widening adds bytes and no
-    information.  tokenizer is a file to use instead of the folder's own.
-    On a CPU the arrays are the memory map itself.  Turns on the persistent compilation cache unless the user has one.
-    Raises ModelError naming the file when the folder is not a model, or is damaged.
+    tokenizer is a file to use instead of the folder's own.
+    Raises ModelError naming the file when the folder is not a model, or sizes or types differ from its config.json's.
     """
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize is {quantize!r}; it must be int8 or None")
-    if dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
-    enable_compilation_cache()
     path = DEMO if path is None else Path(path)
-    config, quantized = _read_config(path)
+    config, quantize, keep_float = _read_config(path)
     tokenizer_file = Path(tokenizer or path / TOKENIZER)
     reader = load_tokenizer(tokenizer_file)
     check_vocabulary(reader, tokenizer_file, config)
-    tensors = _read_tensors(path, config, quantized)
-    abstract = abstract_params(config, quantized)
+    tensors, files = _read_tensors(path, config, quantize, keep_float)
+    return Folder(path, config, quantize, keep_float, reader, tensors, files)
 
+
+def load(
+    path=None,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    tokenizer=None,
+    kv_cache: str | None = None,
+    keep_float: Collection[str] = (),
+    batch: int = 1,
+    max_len: int | None = None,
+) -> Model:
+    """Load a model folder (by default the small model inside the package) onto JAX's default device.
+
+    quantize, one of `quantize.SCHEMES`, quantizes the matrices of a float model while it is read, but for those named
+    in keep_float (of `model.MATRICES`).  dtype, "float32" or "bfloat16", is the type of activations and cache: float32
+    by default on CPUs and for float32 models, else bfloat16.  Float weights that are wider are narrowed to it; narrower
+    ones stay as they are stored, because widening adds bytes and no information.  kv_cache="int8" halves the cache.
+    tokenizer is a file to use instead of the folder's own; path may be what `open_folder` returned, and then has it.
+
+    On a CPU the arrays are the memory map itself, which other processes share; elsewhere pieces of the map are uploaded
+    by several threads.  Turns on the persistent compilation cache unless the user has one.
+    Raises ModelError naming the file when the folder is not a model, or is damaged, or changes meanwhile; InputError
+    for settings that do not go together, and, before anything is allocated, when the device's free memory does not
+    suffice for the weights and `batch` prompts of max_len tokens each (by default as few as a run takes).
+    """
+    enable_compilation_cache()
+    folder = path if isinstance(path, Folder) else open_folder(path, tokenizer)
+    if max_len is None:
+        max_len = min(LEAST, folder.config.max_len)
+    device = jax.extend.backend.get_default_device()
+    plan = plan_folder(folder, batch, max_len, quantize, kv_cache, dtype, keep_float)
+    resources.require_memory(plan, resources.free_memory(device), least=max_len)
+    _check_scales(folder)
+    params = _place(folder, plan, device)
+    for file in folder.files:
+        file.check()
+    # behind an upload the files do not matter any more
+    return Model(params, plan.config, folder.tokenizer, folder.files if device.platform == "cpu" else ())
+
+
+def plan_folder(
+    folder: Folder, batch=1, max_len=None, quantize=None, kv_cache=None, dtype=None, keep_float=()
+) -> resources.Plan:
+    """The memory plan of a folder that is loaded with these arguments of `load`; max_len None is the whole context.
+
+    Raises InputError for settings out of range, and for a quantization that an int8 model cannot be given any more.
+    """
     if dtype is None:
-        dtype = "float32" if config.dtype == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if folder.config.dtype == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+    asked = resources.plan(
+        folder.config,
+        batch,
+        max_len,
+        quantize or folder.quantize,
+        kv_cache,
+        dtype=dtype,
+        keep_float=tuple(keep_float) or folder.keep_float,
+    )
+    if folder.quantize and (asked.quantize, asked.keep_float) != (folder.quantize, folder.keep_float):
+        raise InputError(
+            f"{folder.path} is {_scheme_text(folder.quantize, folder.keep_float)} and cannot be made "
+            f"{_scheme_text(asked.quantize, asked.keep_float)} while it is loaded; convert the checkpoint again"
+        )
+    return asked
 
-    def place(keys, weight):
-        if isinstance(weight, QTensor):
-            return jax.device_put(weight)
-        if quantize and weight.ndim > 1:
-            try:
-                return jax.device_put(quantize_weight(weight))
-            except ValueError as error:
-                raise ModelError(f"{path}: {_name(keys)} {error}") from None
-        narrows = weight.dtype.itemsize >= jnp.dtype(dtype).itemsize
-        return jax.device_put(weight.astype(dtype) if narrows and weight.dtype != dtype else weight)
 
-    stored = jax.tree_util.tree_map_with_path(lambda keys, _: tensors[_name(keys)], abstract)
-    params = jax.tree_util.tree_map_with_path(place, stored, is_leaf=lambda node: isinstance(node, QTensor))
-    return Model(params, replace(config, dtype=dtype), reader)
+def _scheme_text(quantize, keep_float):
+    return quantize + (f" with {', '.join(keep_float)} as float" if keep_float else "")
+
+
+def _check_scales(folder):
+    """Raise ModelError for scales that no quantization writes: they are few, and a wrong one spoils a whole row."""
+    for name, scale in folder.tensors.items():
+        if not name.endswith(".scale"):
+            continue
+        right = np.isfinite(scale) & (scale >= 0)
+        if not right.all():
+            raise ModelError(
+                f"{folder.path}: {name} holds the scale {scale[~right][0]}, and a scale is finite and not negative; "
+                f"convert the checkpoint again"
+            )
+        values = folder.tensors[f"{name.removesuffix('.scale')}.values"]
+        for at in map(tuple, np.argwhere(scale == 0)):
+            if scale.ndim == values.ndim:
+                at = *at[:-1], slice(at[-1] * GROUP, (at[-1] + 1) * GROUP)
+            if values[at].any():
+                raise ModelError(
+                    f"{folder.path}: {name} is 0 where the values are not, at {list(at[: values.ndim - 1])}; convert "
+                    f"the checkpoint again"
+                )
+
+
+def _place(folder, plan, device):
+    """The Params on a device, with the matrices of a float folder narrowed or quantized as the plan says."""
+    stored, tree = jax.tree_util.tree_flatten_with_path(
+        abstract_params(folder.config, folder.quantize, folder.keep_float)
+    )
+    names = [_name(keys) for keys, _ in stored]
+    changes = {name: _change(name, folder, plan) for name in names}
+    # on a CPU, what stays as it is stays where it is
+    moved = [name for name in names if device.platform != "cpu" or changes[name] is not None]
+    placed = dict(zip(moved, _upload([(folder.tensors[n], changes[n]) for n in moved], device), strict=True))
+    leaves = [placed[n] if n in placed else jax.device_put(folder.tensors[n], device) for n in names]
+    for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, QTensor) and not jnp.isfinite(leaf.scale).all():
+            raise ModelError(f"{folder.path}: {name} {NOT_FINITE}")
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _change(name, folder, plan):
+    """What has to be done with a stored tensor: a jitted function of its rows, or None."""
+    part = name.rpartition(".")[2]
+    if part in ("values", "scale"):
+        return None
+    scheme = matrix_scheme(part, plan.quantize, plan.keep_float)
+    if scheme:
+        return partial(_quantize, scheme=scheme)
+    return partial(_cast_on_device, dtype=plan.weight_dtype) if folder.config.dtype != plan.weight_dtype else None
+
+
+_quantize = jax.jit(quantize_weight, static_argnames="scheme")
+_cast_on_device = jax.jit(lambda array, dtype: array.astype(dtype), static_argnames="dtype")
+
+
+@partial(jax.jit, static_argnames="shape")
+def _join(pieces, shape):
+    """Pieces of rows [n, in] as one tensor [*out, in] of this shape; of QTensors the values and the scales."""
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows).reshape(*shape[:-1], *rows[0].shape[1:]), *pieces)
+
+
+def _upload(tensors, device) -> list[Array]:
+    """The (array, change) pairs on a device: sent by several threads in pieces of rows, a change applied to each piece.
+
+    The host never holds more of a model than the pieces under way.
+    """
+
+    def send(array, change):
+        pieces, parts = _pieces(array), []
+        for rows, following in zip(pieces, [*pieces[1:], None], strict=True):
+            if following is not None:
+                _advise(following, "MADV_WILLNEED")  # reads it from the disk meanwhile, if it is not in memory
+            part = jax.device_put(rows, device)
+            parts.append(jax.block_until_ready(part if change is None else change(part)))
+            _advise(rows, "MADV_DONTNEED")  # the pages stay in the page cache, and are not counted as ours
+        return parts[0] if len(parts) == 1 else _join(parts, array.shape)
+
+    # while pieces are joined a tensor takes its memory twice: the largest ones come first, when there is room
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i][0].nbytes)
+    with ThreadPoolExecutor(THREADS) as pool:
+        sent = {i: pool.submit(send, *tensors[i]) for i in order}
+        return [sent[i].result() for i in range(len(tensors))]
+
+
+def _pieces(array):
+    """An array in pieces of rows [n, in] of at most PIECE_BYTES; or whole, in its own shape, where it is no larger."""
+    if array.nbytes <= PIECE_BYTES or array.ndim == 1:
+        return [array]
+    rows = array.reshape(-1, array.shape[-1])
+    step = max(1, PIECE_BYTES // rows[0].nbytes)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+def _advise(array, advice):
+    """Tell the operating system what becomes of the pages that lie wholly inside an array of a memory map."""
+    owner = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    owner = owner.obj if isinstance(owner, memoryview) else owner
+    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, advice):  # no madvise on Windows
+        return
+    start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        # not mmap's own method: that one keeps all other threads waiting meanwhile
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice))
 
 
 def check_vocabulary(tokenizer: Tokenizer, file, config: ModelConfig) -> None:
@@ -125,7 +335,7 @@ def _name(keys):
 
 
 def _read_config(path):
-    """The ModelConfig of a model folder, and whether its matrices are int8."""
+    """The ModelConfig of a model folder, how its matrices are quantized, and which are float all the same."""
     file = path / "config.json"
     if not os.path.isdir(path):  # of Path, .is_dir raises for a name that is too long
         raise ModelError(f"{path}: no such folder; --model takes a folder that `python -m jaxllm.convert` wrote")
@@ -145,27 +355,38 @@ def _read_config(path):
             f"{file} has format_version={text.get('format_version')!r}, and this jaxllm reads {FORMAT_VERSION}; "
             f"convert the checkpoint again, or install the jaxllm that wrote it"
         )
-    quantization = text.get("quantization")
-    if quantization not in (None, "int8"):
-        raise ModelError(f"{file} has quantization={quantization!r}; this jaxllm reads null and 'int8'")
+    quantize, floats = text.get("quantization"), text.get("float", list(NORMS))
+    if quantize not in (None, *SCHEMES):
+        raise ModelError(f"{file} has quantization={quantize!r}; this jaxllm reads null, {', '.join(SCHEMES)}")
+    names = isinstance(floats, list) and all(isinstance(name, str) for name in floats)
+    if not names or not {*NORMS} <= {*floats} <= {*NORMS, *MATRICES}:
+        raise ModelError(
+            f"{file} has float={str(floats)[:200]}; it lists {', '.join(NORMS)}, and besides any of "
+            f"{', '.join(MATRICES)}"
+        )
+    keep_float = tuple(name for name in MATRICES if name in floats) if quantize else ()
     try:
-        return ModelConfig.from_json(text.get("config")), quantization == "int8"
+        return ModelConfig.from_json(text.get("config")), quantize, keep_float
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
 
 
-def _read_tensors(path, config, quantized):
-    """Views of all tensors in a folder's *.safetensors, checked against the names, shapes and dtypes of the config."""
+def _read_tensors(path, config, quantize, keep_float):
+    """Views of all tensors in a folder's *.safetensors, checked against what the config makes them; and these files."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{path} has a config.json but no *.safetensors; convert the checkpoint again")
-    found = [(file, name, array) for file in files for name, array in read_safetensors(file).items()]
+    mapped = [_map(file) for file in files]
+    found = [(file.path, name, array) for file, data in mapped for name, array in _read_map(file.path, data).items()]
     if config.n_layers > len(found):  # before names are made for so many
         raise ModelError(
             f"{path / 'config.json'} has n_layers={config.n_layers}, but the *.safetensors hold {len(found)} tensors; "
             f"convert the checkpoint again"
         )
-    expected = parameter_shapes(abstract_params(config, quantized))
+    try:
+        expected = parameter_shapes(abstract_params(config, quantize, keep_float))
+    except InputError as error:  # the output of a tied model
+        raise ModelError(f"{path / 'config.json'}: {error}") from None
     tensors = {}
     for file, name, array in found:
         if name in tensors or name not in expected:
@@ -184,7 +405,7 @@ def _read_tensors(path, config, quantized):
             f"{path}: {len(missing)} tensors are in no *.safetensors, {missing[0]!r} first; convert the checkpoint "
             f"again"
         )
-    return tensors
+    return tensors, tuple(file for file, _ in mapped)
 
 
 def read_safetensors(file) -> dict[str, np.ndarray]:
@@ -193,19 +414,28 @@ def read_safetensors(file) -> dict[str, np.ndarray]:
     The header is not trusted: raises ModelError when it is not JSON, or an entry has an unknown dtype or a wrong size,
     or the tensors do not fill the rest of the file without gap or overlap.
     """
-    file = Path(file)
+    mapped, data = _map(Path(file))
+    return _read_map(mapped.path, data)
 
+
+def _map(file):
+    """A MappedFile, and its memory map."""
+    try:
+        opened = file.open("rb")
+        state = os.fstat(opened.fileno())
+        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if state.st_size else b""
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
+    return MappedFile(file, opened, state.st_size, state.st_mtime_ns), data
+
+
+def _read_map(file, data):
     def damaged(what):
         return ModelError(f"{file}: {what}; the file is damaged or not safetensors, so make or download it again")
 
-    try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size < 8:
-                raise damaged(f"it has {size} bytes, less than a header")
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
+    size = len(data)
+    if size < 8:
+        raise damaged(f"it has {size} bytes, less than a header")
     length = int.from_bytes(data[:8], "little")
     if length > min(size - 8, MAX_HEADER):
         raise damaged(f"it claims a header of {length} bytes, and the file has {size}")
@@ -256,15 +486,16 @@ def save(
     weights: Mapping[str, Weight],
     tokenizer_file,
     quantize: str | None = None,
+    keep_float: Collection[str] = (),
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write a model folder from float weights, named as `parameter_shapes(abstract_params(config))`, block by block.
 
-    Matrices are quantized with quantize="int8", and else stored in config.dtype, like the norms.  progress is called
-    with the number of bytes written, again and again.  The folder appears under its name when it is whole; whatever
-    goes wrong before leaves nothing behind.  An existing model folder is replaced only with overwrite, and anything
-    else never.
+    Matrices are quantized as quantize and keep_float say (see `abstract_params`), and else stored in config.dtype, like
+    the norms.  progress is called with the number of bytes written, again and again.  The folder appears under its name
+    when it is whole; whatever goes wrong before leaves nothing behind.  An existing model folder is replaced only with
+    overwrite, and anything else never.
     Raises ModelError when the folder exists or cannot be written, or a weight is too large for the dtype, or not finite
     and to be quantized.
     """
@@ -275,7 +506,7 @@ def save(
         if not _may_be_replaced(path):
             raise ModelError(f"{path} is not a model folder, so --overwrite does not replace it; choose another folder")
     expected = parameter_shapes(abstract_params(config))
-    shapes = parameter_shapes(abstract_params(config, quantize is not None))
+    shapes = parameter_shapes(abstract_params(config, quantize, keep_float))
     assert weights.keys() == expected.keys() and all(weights[n].shape == expected[n].shape for n in expected)
     header, offsets, total = _safetensors_header(shapes)
 
@@ -294,12 +525,15 @@ def save(
             file.write(header)
             for name, weight in weights.items():
                 try:
-                    _write_weight(file, name, weight, config, offsets, progress)
+                    scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
+                    _write_weight(file, name, weight, scheme, config.dtype, offsets, progress)
                 except ValueError as error:
                     raise ModelError(f"{path} was not written: {name} {error}") from None
             file.truncate(total)  # an empty tensor at the end writes nothing
         shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
         text = {"format": "jaxllm", "format_version": FORMAT_VERSION, "quantization": quantize}
+        if quantize:
+            text["float"] = [*NORMS, *keep_float]
         text["config"] = config.to_json()
         # last: a folder without it is not a model
         (temporary / "config.json").write_text(json.dumps(text, indent=2) + "\n")
@@ -373,8 +607,8 @@ def _safetensors_header(shapes):
     return len(text).to_bytes(8, "little") + text, offsets, start + begin
 
 
-def _write_weight(file, name, weight, config, offsets, progress):
-    """Write a weight's blocks to where the header puts them, as int8 values and scales if it has a place for these."""
+def _write_weight(file, name, weight, scheme, dtype, offsets, progress):
+    """Write a weight's blocks to where the header puts them: with a scheme as int8 values and scales, else in dtype."""
     written = {}
 
     def put(part, array):
@@ -385,10 +619,10 @@ def _write_weight(file, name, weight, config, offsets, progress):
         progress(raw.nbytes)
 
     for block in weight.blocks():
-        if name in offsets:
-            put(name, _cast(block, config.dtype))
+        if scheme is None:
+            put(name, _cast(block, dtype))
         else:
-            quantized = quantize_weight(block)
+            quantized = quantize_weight(block, scheme)
             put(f"{name}.values", quantized.values)
             put(f"{name}.scale", quantized.scale)
 

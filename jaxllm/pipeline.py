@@ -21,6 +21,7 @@ from jaxllm.sampling import Sampling, sample
 
 CHUNK = 8  # tokens a decode call: enough to hide the host's work, few enough that text streams smoothly
 PIECE = 512  # tokens a prefill call at most: bounds the attention scores, [B, N, PIECE, S] float32
+LEAST = 128  # slots of the smallest cache
 SMALLEST = 16  # tokens of the smallest prefill call: below it, padding costs less than another compilation
 
 
@@ -146,9 +147,15 @@ def row_limits(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_to
     return np.array([min(max_new_tokens, room - len(prompt)) for prompt in prompts])
 
 
+def cache_slots(prompts: Sequence[Sequence[int]], limits: np.ndarray, room: int) -> int:
+    """The slots a row of `generate_tokens` gets, for prompts and limits [B] of further tokens in a context of room."""
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits.tolist(), strict=True))
+    return bucket(longest, LEAST, room)
+
+
 def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
     lengths = np.array([len(prompt) for prompt in prompts])
-    slots = bucket(int((lengths + limits).max()), 128, room)
+    slots = cache_slots(prompts, limits, room)
     state = init_state(config, len(prompts), slots)
     for tokens, counts in _pieces(prompts, lengths, slots):
         state, token = prefill(params, config, state, tokens, counts, sampling)

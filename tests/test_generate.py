@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -137,8 +139,12 @@ def test_json(cli, model):
 def test_stats(cli, model):
     status, out, err = cli("--prompt", "The ship", "--stats", "--max-new-tokens", 9)
     assert status == 0
-    names = ["load", "compile", "prefill", "decode", "read per token", "read", "share of peak"]
-    assert [line[:16].strip() for line in err.splitlines()] == names
+    names = ["imports", "device", "load", "compile prefill", "prefill", "first text"]
+    names += ["compile", "prefill", "decode", "read per token", "read", "share of peak"]
+    lines = err.splitlines()
+    assert [line[:16].strip() for line in lines] == names
+    seconds = [float(line[16:].split()[0]) for line in lines[:6]]
+    assert seconds[5] >= sum(seconds[1:5]) - 0.1  # what is counted lies between the process's start and the first text
     stats = jaxllm.generate(model, ["The ship"], max_new_tokens=9)[0].stats
     # every weight but the embedding, and the cache at the middle of the answer: 3 layers of 2 * 4 heads of 16 float32
     weights = (512 * 128 + 3 * (128 * 128 * 3 + 3 * 128 * 448 + 2 * 128) + 128) * 2
@@ -173,7 +179,17 @@ def test_quantize_and_dtype(cli, model):
         (["--prompt", "a", "--impl", "atention=xla"], "atention"),
         (["--prompt", "a", "--impl", "=xla"], "no op called ''"),
         (["--prompt", "a", "--echo", "--json"], "--echo"),
-        (["--prompt", "a", "--plan"], "--plan"),
+        (["--prompt", "a", "--device-memory", "24GiB"], "--device-memory belongs to --plan"),
+        (["--prompt", "a", "--preset", "llama2-7b"], "--preset belongs to --plan"),
+        (["--prompt", "a", "--kv-cache", "int4"], "int4"),
+        (["--prompt", "a", "--keep-float", "embed"], "'embed' is to be kept float, but nothing is quantized"),
+        (["--prompt", "a", "--quantize", "int8", "--keep-float", "norm"], "norm"),
+        (["--plan", "--preset", "llama2-7b"], "--preset and --model are both given"),
+        (["--plan", "--device-memory", "24 apples"], "'24 apples' is not a size of memory"),
+        (["--plan", "--device-memory", "0"], "'0' is not a size of memory"),
+        (["--plan", "--device-memory", "-1GiB"], "argument --device-memory"),
+        (["--plan", "--max-len", "0"], "max_len is 0"),
+        (["--plan", "--max-len", "100000"], "max_len is 100000"),
         (["--prompt", "a", "--quantize", "int3"], "int3"),
         (["--prompt", "a", "--no-such-flag"], "--no-such-flag"),
         (["--prompt", "a", "--top-k", "many"], "many"),
@@ -195,6 +211,74 @@ def test_bad_stdin_and_bad_folder(cli, tmp_path):
     assert (status, out) == (2, "") and f"{tmp_path} is not a model folder" in err and err.count("\n") == 1
     status, out, err = cli("--prompt", "a", folder="x" * 5000)
     assert (status, out) == (2, "") and "no such folder" in err and err.count("\n") == 1
+
+
+def test_plan(cli, model):
+    status, out, err = cli(
+        "--plan", "--preset", "llama2-13b", "--quantize", "int8", "--device-memory", "24GiB", folder=None
+    )
+    assert (status, err) == (0, "")
+    rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()}
+    # 13.0 G parameters of a byte and their scales, 40 layers of 2 * 40 heads of 128 bfloat16 in 4096 slots
+    assert 12.1 < float(rows["weights"][0]) < 12.2 and float(rows["cache"][0]) == 3.13
+    assert rows["available"][0] == "24.00" and rows["available"][-1] == "fits"
+    assert rows["longest context"][0] == "4096" and int(rows["largest batch"][0]) >= 3
+
+    status, out, _ = cli("--plan", "--preset", "llama2-70b", "--device-memory", "80GB", "--json", folder=None)
+    plan = json.loads(out)
+    assert status == 0 and not plan["fits"] and plan["available"] == 80 * 10**9
+    assert plan["total"] == plan["weights"] + plan["cache"] + plan["workspace"] > 2 * 68.9e9
+    assert "it fits with" not in out and plan["longest_context"] == 0
+    status, out, _ = cli("--plan", "--preset", "llama2-70b", "--device-memory", "80GB", folder=None)
+    assert status == 0 and "it fits with --quantize int8" in out
+
+    status, out, _ = cli("--plan", "--kv-cache", "int8", "--json")
+    plan = json.loads(out)
+    assert plan["weights"] == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert plan["config"]["kv_cache"] == "int8" and plan["fits"]
+    status, _, err = cli("--plan", "--preset", "llama-8b", folder=None)
+    assert status == 2 and "no preset is called 'llama-8b'" in err
+
+
+def test_what_does_not_fit_is_refused(cli, model, monkeypatch):
+    free = 200 << 20
+    monkeypatch.setattr(jaxllm.resources, "free_memory", lambda device=None: free)
+    many = ["word"] * 5000
+    status, out, err = cli("--prompt", *many, "--max-new-tokens", 100)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert "this needs" in err and "200.0 MiB that is free" in err and "prompts at a time" in err
+    with pytest.raises(InputError, match="beside the weights .* prompts at a time"):
+        jaxllm.generate(model, many, max_new_tokens=100)
+    # what was advised works
+    fewer = int(re.search(r"(\d+) prompts at a time", err)[1])
+    assert 1 < fewer < 5000
+    command.Generation(model, many[:fewer], max_new_tokens=100)
+
+
+def test_int8_cache(cli, converted):
+    plain = cli("--prompt", "The ship", "--greedy", "--json")[1]
+    status, out, _ = cli("--prompt", "The ship", "--greedy", "--kv-cache", "int8", "--json")
+    assert status == 0
+    ours, theirs = json.loads(out), json.loads(plain)
+    assert ours["tokens"][:3] == theirs["tokens"][:3]
+    # 3 layers of 2 * 4 heads, of 16 float32 or 16 bytes and a scale
+    filled = len(theirs["prompt_tokens"]) + len(theirs["tokens"]) // 2
+    assert theirs["stats"]["bytes_per_token"] - ours["stats"]["bytes_per_token"] == filled * 3 * 8 * (64 - 20)
+    model = load(converted(NAME), kv_cache="int8")
+    result = jaxllm.generate(model, ["The ship"], Sampling(temperature=0.0))[0]
+    assert result.tokens == ours["tokens"]
+
+
+def test_gpu_memory_is_settled_unless_the_user_has(monkeypatch):
+    for name in (*command.GPU_MEMORY, *command.GPU_MEMORY_TOO):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+        assert not command._settle_gpu_memory() and "XLA_CLIENT_MEM_FRACTION" not in os.environ
+    assert command._settle_gpu_memory()
+    assert {name: os.environ[name] for name in command.GPU_MEMORY} == command.GPU_MEMORY
+    for name in command.GPU_MEMORY:
+        monkeypatch.delenv(name)
 
 
 def test_library_arguments(model):

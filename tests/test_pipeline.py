@@ -10,9 +10,8 @@ import pytest
 from jaxllm import pipeline
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
-from jaxllm.model import abstract_params, forward
+from jaxllm.model import abstract_params, forward, init_cache, quantize_params
 from jaxllm.pipeline import State, bucket, decode_chunk, generate_tokens, init_state, prefill
-from jaxllm.quantize import quantize
 from jaxllm.sampling import Sampling
 
 CONFIG = ModelConfig(
@@ -165,30 +164,48 @@ def test_the_next_chunk_is_dispatched_before_the_last_one_is_read(monkeypatch):
 
 
 # sizes at which cache, weights and their float32 copies cannot be mistaken for each other
-BIG = replace(CONFIG, vocab_size=2000, dim=128, n_layers=4, ffn_dim=512, head_dim=16, max_len=4096)
+BIG = replace(CONFIG, vocab_size=2000, dim=128, n_layers=2, ffn_dim=512, head_dim=16, max_len=4096)
 SLOTS = 1024
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_decode_updates_the_cache_in_place(batch, kind):
-    params = abstract_params(BIG, quantized=kind == "int8")
-    state = jax.eval_shape(lambda: init_state(BIG, batch, SLOTS))
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "kind, kv_cache, batch",
+    [
+        (None, None, 1),
+        (None, None, 3),
+        ("int8", None, 1),
+        ("int8", None, 3),
+        ("int8-g128", "int8", 3),
+        ("w8a8", "int8", 1),
+    ],
+)
+def test_decode_updates_the_cache_in_place(kind, kv_cache, batch):
+    config = replace(BIG, kv_cache=kv_cache)
+    params = abstract_params(config, kind)
+    state = jax.eval_shape(lambda: init_state(config, batch, SLOTS))
     eos = jax.ShapeDtypeStruct((1,), jnp.int32)
-    memory = decode_chunk.lower(params, BIG, state, Sampling().rows(batch), eos, 8).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    layer = SLOTS * BIG.n_kv_heads * BIG.head_dim * 4 * batch  # bytes of one layer's keys
-    # a transposed view of one layer's keys and one of its values; never another cache, nor the weights in another type
+    memory = decode_chunk.lower(params, config, state, Sampling().rows(batch), eos, 8).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == size_of(state)
+    layer = SLOTS * BIG.n_kv_heads * BIG.head_dim * 4 * batch  # bytes of one layer's keys as float32
+    # a transposed view of one layer's keys and one of its values (or those in float32, of an int8 cache);
+    # never another cache, nor the weights in another type
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert memory.temp_size_in_bytes < 2.5 * layer < min(BIG.n_layers * 2 * layer, 4 * weights)
 
 
-def test_prefill_updates_the_cache_in_place():
-    state = jax.eval_shape(lambda: init_state(BIG, 2, SLOTS))
+@pytest.mark.parametrize("kind, kv_cache", [(None, None), ("w8a8", "int8")])
+def test_prefill_updates_the_cache_in_place(kind, kv_cache):
+    config = replace(BIG, kv_cache=kv_cache)
+    state = jax.eval_shape(lambda: init_state(config, 2, SLOTS))
     tokens, lengths = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    compiled = prefill.lower(abstract_params(BIG), BIG, state, tokens, lengths, Sampling().rows(2)).compile()
-    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert compiled.memory_analysis().alias_size_in_bytes == expected
+    compiled = prefill.lower(
+        abstract_params(config, kind), config, state, tokens, lengths, Sampling().rows(2)
+    ).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == size_of(state)
 
 
 def test_nothing_is_compiled_twice_inside_a_bucket():
@@ -208,11 +225,22 @@ def test_nothing_is_compiled_twice_inside_a_bucket():
     assert any("prefill" in name for name in compiled)
 
 
-def test_int8_generates_what_whole_int8_forwards_do():
-    params = jax.tree.map(lambda a: quantize(a) if a.ndim > 1 else a, PARAMS)
-    (prompt,) = prompts_of(10)
-    got = np.concatenate(list(generate_tokens(params, CONFIG, [prompt], GREEDY, 12)), axis=1)
-    assert got[0, :12].tolist() == greedy_by_forward(prompt, 12, params)
+@pytest.mark.parametrize("scheme, kv_cache", [("int8", None), ("int8-g128", "int8"), ("w8a8", "int8")])
+def test_int8_generates_what_whole_int8_forwards_do(scheme, kv_cache):
+    config = replace(CONFIG, kv_cache=kv_cache, n_layers=1)
+    params = quantize_params(jax.tree.map(np.asarray, replace(PARAMS, layers=PARAMS.layers[:1])), scheme)
+    prompts = prompts_of(10, 21, 1, 16)
+    answers = np.concatenate(list(generate_tokens(params, config, prompts, GREEDY, 40)), axis=1)[:, :40]
+    rows = np.zeros((4, 61), np.int32)
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        row[: len(prompt) + 40] = [*prompt, *answer]
+    cache = init_cache(config, 4, 61) if kv_cache else None
+    scores = np.asarray(jax.jit(forward, static_argnums=1)(params, config, rows, cache)[0])
+    for row, prompt, answer in zip(scores, prompts, answers, strict=True):
+        row = row[len(prompt) - 1 :][:40]
+        # each token is the best one, up to a value that falls on a boundary between two levels here and not there
+        assert (row[np.arange(40), answer] >= row.max(axis=-1) - 5e-3).all()
+    assert len({*answers.ravel()}) > 15
 
 
 def test_research_code_can_drive_the_programs_itself():
