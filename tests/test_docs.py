@@ -26,12 +26,20 @@ def demo():
     return jaxllm.load()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md", "docs/memory.md"])
 def test_python_examples_run(page, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
     exec(compile("\n".join(blocks), page, "exec"), {})
     assert len(capsys.readouterr().out) > 100
+
+
+def test_the_readmes_plan_is_what_the_command_prints():
+    command, printed = re.search(
+        r"^\$ python (-m \S+ --plan .*?)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    ).groups()
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, check=True)
+    assert done.stdout == printed
 
 
 def test_links_between_documents_lead_somewhere():
