@@ -88,12 +88,11 @@ class Generation:
         self._limits = row_limits(model.config, self._ids, max_new_tokens, max_len)
         model.check()
         slots = cache_slots(self._ids, self._limits, max_len or model.config.max_len)
-        resources.require_memory(
-            resources.plan(model.config, len(self._ids), slots),
-            resources.free_memory(model.params.norm.device),
-            weights_loaded=True,
-            least=max(map(len, self._ids)) + 1,
-        )
+        devices = model.params.norm.devices()
+        if len(devices) == 1:  # params that a caller has split over several are that caller's business
+            plan = resources.plan(model.config, len(self._ids), slots)
+            free = resources.free_memory(*devices)
+            resources.require_memory(plan, free, weights_loaded=True, least=max(map(len, self._ids)) + 1)
         self._chunks = generate_tokens(
             model.params, model.config, self._ids, self._sampling, max_new_tokens, model.tokenizer.eos_ids, max_len
         )

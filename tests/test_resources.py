@@ -204,6 +204,21 @@ def test_weights_are_narrowed_and_not_widened(stored, dtype, scheme):
     assert made.weight_dtype == (dtype if stored == "float32" or dtype == "bfloat16" else stored)
 
 
+@pytest.mark.parametrize(
+    "name, scheme, kv_cache, peak",
+    [
+        ("llama2-7b", "int8", None, 9_567_177_216),
+        ("llama2-7b", None, None, 16_299_631_104),
+        ("llama2-7b", "int8", "int8", 8_543_767_040),
+        ("llama2-70b", "int8", None, 72_083_974_656),
+        ("tinyllama-1.1b", None, None, 2_618_511_872),
+    ],
+)
+def test_plans_against_peaks_measured_on_an_h100(name, scheme, kv_cache, peak):
+    """The allocator's peak with all memory taken at the start, compilation included, at a full context."""
+    assert plan(preset(name), quantize=scheme, kv_cache=kv_cache).total == pytest.approx(peak, rel=0.005)
+
+
 def test_workspace_holds_what_is_known_to_be_there():
     config = preset("llama2-7b")
     for batch, slots in ((1, 4096), (4, 1000), (2, 100)):
