@@ -197,7 +197,8 @@ def plan_folder(
         dtype=dtype,
         keep_float=tuple(keep_float) or folder.keep_float,
     )
-    if folder.quantize and (asked.quantize, asked.keep_float) != (folder.quantize, folder.keep_float):
+    as_stored = (asked.quantize, {*asked.keep_float}) == (folder.quantize, {*folder.keep_float})
+    if folder.quantize and not as_stored:
         raise InputError(
             f"{folder.path} is {_scheme_text(folder.quantize, folder.keep_float)} and cannot be made "
             f"{_scheme_text(asked.quantize, asked.keep_float)} while it is loaded; convert the checkpoint again"

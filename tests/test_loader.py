@@ -217,7 +217,7 @@ def test_schemes_at_conversion_and_at_load(random_model, scheme, keep):
         else:
             assert as_stored(np.asarray(array)) == as_stored(other), name
     assert {name for name in MATRICES if f"{name}.values" not in " ".join(ours)} == {*keep}
-    again = load(path, quantize=scheme, keep_float=keep)
+    again = load(path, quantize=scheme, keep_float=keep[::-1])
     assert stored_params(again.params) == stored_params(converted.params)
 
 
