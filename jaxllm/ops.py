@@ -3,12 +3,15 @@
 The type of a weight decides how it is multiplied; a name decides which implementation does it.
 """
 
+from dataclasses import replace
+
 from jaxllm.errors import InputError
 from jaxllm.kernels import reference
 from jaxllm.quantize import dequantize, quantize
 from jaxllm.tensor import Array, QTensor
 
-# op -> implementation -> function.  "xla" is the specification: it runs everywhere and is differentiable.
+# op -> implementation -> function.  "xla" is the specification: it runs everywhere and is differentiable,
+# but for the rounding of activations in front of w8a8_matmul.
 IMPLEMENTATIONS = {
     "rms_norm": {"xla": reference.rms_norm},
     "matmul": {"xla": reference.matmul},
@@ -56,7 +59,7 @@ def matmul(x, w: Array):
 def embed(tokens, table: Array, dtype):
     """Rows of table [V, D] for tokens int32 [...]: [..., D] in dtype."""
     if isinstance(table, QTensor):
-        return dequantize(QTensor(table.values[tokens], table.scale[tokens]), dtype)
+        return dequantize(replace(table, values=table.values[tokens], scale=table.scale[tokens]), dtype)
     return table[tokens].astype(dtype)
 
 

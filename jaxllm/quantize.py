@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.errors import InputError
 from jaxllm.kernels import reference
 from jaxllm.kernels.reference import GROUP
 from jaxllm.tensor import QTensor
@@ -25,8 +26,11 @@ def quantize(w, scheme: str = "int8") -> QTensor:
     The maximum is taken over an output channel, or over each group of 128 inputs with scheme "int8-g128"; with "w8a8"
     the weight is rotated first.  Of activations [..., in] a "channel" is a token.  numpy in, numpy out (what conversion
     writes); jax in, jax out, and on a CPU bit for bit the same where nothing is rotated.  What is all zeros, or below
-    1e-35, has scale 0.  Raises ValueError when a weight is not finite (numpy; in jax its scale is not finite).
+    1e-35, has scale 0.  Raises InputError for another scheme, and ValueError when a weight is not finite (numpy; in jax
+    its scale is not finite then).
     """
+    if scheme not in SCHEMES:
+        raise InputError(f"quantization {scheme!r} is unknown; there are {', '.join(SCHEMES)}")
     xp = jnp if isinstance(w, jax.Array) else np
     if scheme == "w8a8":
         w = rotate(w)

@@ -253,3 +253,15 @@ def test_embed_looks_rows_up(dtype, scheme):
     assert got.dtype == dtype
     want = dequantized(table, scheme)[tokens]
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=jnp.finfo(dtype).eps)
+
+
+def test_embed_turns_rows_of_a_rotated_table_back():
+    table = quantize(weights(24, 20, 300), "w8a8")
+    got = ops.embed(np.array([3, 0, 19]), jax.tree.map(jnp.asarray, table), "float32")
+    assert relative(got, dequantized(table, "w8a8")[[3, 0, 19]] @ hadamard(300)) < 1e-6
+
+
+def test_unknown_schemes_are_refused():
+    for w in (CASES["matrix"], jnp.asarray(CASES["matrix"])):
+        with pytest.raises(ValueError, match="'int4' is unknown; there are int8, int8-g128, w8a8"):
+            quantize(w, "int4")
