@@ -24,14 +24,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from convert import TOKENIZER, VOCABULARY, private_bytes
 from jaxllm import loader
 from jaxllm.config import preset
 from jaxllm.generate import GPU_MEMORY
 from jaxllm.model import abstract_params
 from jaxllm.quantize import SCHEMES
 
-TOKENIZER = Path(__file__).parent.parent / "tests" / "data" / "llama1-fp16-1shard" / "tokenizer.model"
-PIECES = 512  # of that tokenizer
 BLOCK = 16 << 20  # bytes
 # GB/s of device_put of a memory map's pieces from 8 threads, measured on an H100; on a CPU nothing is copied
 PREDICTED = {"gpu": 30.0}
@@ -60,34 +59,23 @@ def write_folder(folder, config, quantize):
     (folder / "config.json").write_text(json.dumps(text | {"config": config.to_json()}))
     # a SentencePiece model is a protobuf message: what is appended continues its list of pieces (field 1), each a
     # string (field 1) and a score (field 2)
-    extra = [
-        b"\x0a%c%s\x15%s" % (len(s), s, struct.pack("<f", -1e9)) for s in map(_piece, range(PIECES, config.vocab_size))
-    ]
+    names = [b"<unused %d>" % number for number in range(VOCABULARY, config.vocab_size)]
+    extra = [b"\x0a%c%s\x15%s" % (len(name), name, struct.pack("<f", -1e9)) for name in names]
     tokenizer = TOKENIZER.read_bytes() + b"".join(b"\x0a%c%s" % (len(entry), entry) for entry in extra)
     (folder / loader.TOKENIZER).write_bytes(tokenizer)
     return total
 
 
-def _piece(number):
-    return b"<unused %d>" % number
-
-
-def private_bytes():
-    """Memory that this process shares with no other, files that it alone has mapped included."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:")))
-
-
 def child(folder, watch):
     """Load the folder twice, and print as JSON how long it took, or (watch) how much memory: looking takes time."""
     jax.block_until_ready(jax.device_put(np.zeros(1)))  # the device is ready, and its libraries are loaded
-    before, done = private_bytes(), threading.Event()
+    before, done = private_bytes("self"), threading.Event()
     peak = before
 
     def look():
         nonlocal peak
         while not done.wait(0.02):
-            peak = max(peak, private_bytes())
+            peak = max(peak, private_bytes("self"))
 
     watcher = threading.Thread(target=look)
     if watch:

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
@@ -75,7 +74,7 @@ def child(case):
     enable_compilation_cache()
     device = jax.devices()[0]
     resources.require_memory(plan, resources.free_memory(device))
-    params = random_params(replace(preset(name), kv_cache=kv_cache), quantize)
+    params = random_params(preset(name), quantize)
     loaded = device.memory_stats()["bytes_in_use"]
     prompts = np.random.default_rng(0).integers(3, plan.config.vocab_size, (batch, max_len - NEW)).tolist()
     times, tokens = [], 0

@@ -177,8 +177,7 @@ class Generation:
         compile_s (tracing, and compiling or reading from the cache) and prefill_compile_s (that of it before the first
         token); prefill_s (to the first token), prefill_tokens_per_s and decode_tokens_per_s, all without compilation;
         bytes_per_token (the least that decoding a token has to read: weights and filled cache), gb_per_s, and
-        share_of_peak, gb_per_s over the
-        bandwidth in the device's data sheet.  What was not measured is None.
+        share_of_peak, gb_per_s over the bandwidth in the device's data sheet.  What was not measured is None.
         """
         measured = "prefill_compile_s", "prefill_s", "prefill_tokens_per_s", "decode_tokens_per_s"
         stats = dict.fromkeys((*measured, "gb_per_s", "share_of_peak"))
@@ -336,11 +335,11 @@ def _print_plan(args):
         raise InputError("--preset and --model are both given; give one")
     memory = resources.parse_size(args.device_memory) if args.device_memory else None
     batch = len(args.prompt) if args.prompt else 1
+    settings = _memory_settings(args)
     if args.preset:
-        settings = _memory_settings(args)
         plan = resources.plan(preset(args.preset), batch, args.max_len, **settings)
     else:
-        plan = plan_folder(open_folder(args.model, args.tokenizer), batch, args.max_len, **_memory_settings(args))
+        plan = plan_folder(open_folder(args.model, args.tokenizer), batch, args.max_len, **settings)
     free = resources.free_memory() if memory is None else memory
     if args.json:
         print(json.dumps(resources.report(plan, free)))

@@ -170,7 +170,7 @@ def load(
         max_len = min(LEAST, folder.config.max_len)
     device = jax.extend.backend.get_default_device()
     plan = plan_folder(folder, batch, max_len, quantize, kv_cache, dtype, keep_float)
-    resources.require_memory(plan, resources.free_memory(device), least=max_len)
+    resources.require_memory(plan, resources.free_memory(device))
     _check_scales(folder)
     params = _place(folder, plan, device)
     for file in folder.files:

@@ -389,6 +389,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(random_model, mo
         load(path)
     with pytest.raises(InputError, match="prompt"):
         load(path, batch=10**6)
+    # a context that was asked for may be shortened, too
+    with pytest.raises(InputError, match="it fits with --max-len [0-9]+"):
+        load(path, quantize="int8", kv_cache="int8", max_len=open_folder(path).config.max_len)
 
 
 SHARING = """
