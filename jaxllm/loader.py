@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +41,7 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 TOKENIZER = "tokenizer.model"
 NORMS = ("attn_norm", "ffn_norm", "norm")
 DEMO = Path(__file__).parent / "demo"
-# an upload is staged in pinned memory, which is not given back: more and larger pieces cost memory and gain nothing
+# an upload is staged in pinned memory, which takes time to get and is not given back; smaller pieces cost more calls
 PIECE_BYTES = 16 << 20
 THREADS = 8
 
@@ -275,22 +275,51 @@ def _upload(tensors, device) -> list[Array]:
 
     The host never holds more of a model than the pieces under way.
     """
+    pieces = [_pieces(array) for array, _ in tensors]
+    small = [i for i, (array, change) in enumerate(tensors) if array.nbytes <= PIECE_BYTES // 16 and change is None]
+    # while pieces are joined a tensor takes its memory twice: the largest ones come first, when there is room
+    order = sorted({*range(len(tensors))} - {*small}, key=lambda i: -tensors[i][0].nbytes)
 
-    def send(array, change):
-        pieces, parts = _pieces(array), []
-        for rows, following in zip(pieces, [*pieces[1:], None], strict=True):
-            if following is not None:
-                _advise(following, "MADV_WILLNEED")  # reads it from the disk meanwhile, if it is not in memory
-            part = jax.device_put(rows, device)
+    def send(i, program):
+        parts = []
+        for rows in pieces[i]:
+            part, change = jax.device_put(rows, device), tensors[i][1]
             parts.append(jax.block_until_ready(part if change is None else change(part)))
             _advise(rows, "MADV_DONTNEED")  # the pages stay in the page cache, and are not counted as ours
-        return parts[0] if len(parts) == 1 else _join(parts, array.shape)
+        return parts[0] if program is None else program.result()(parts)
 
-    # while pieces are joined a tensor takes its memory twice: the largest ones come first, when there is room
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i][0].nbytes)
-    with ThreadPoolExecutor(THREADS) as pool:
-        sent = {i: pool.submit(send, *tensors[i]) for i in order}
-        return [sent[i].result() for i in range(len(tensors))]
+    placed = {}
+    with ThreadPoolExecutor(1) as compiler, ThreadPoolExecutor(THREADS) as pool:
+        sent = {i: pool.submit(send, i, program) for i, program in _programs(tensors, pieces, order, device, compiler)}
+        placed |= zip(small, jax.device_put([tensors[i][0] for i in small], device), strict=True)  # in one call
+        for at, i in enumerate(order):
+            for ahead in order[at + THREADS : at + THREADS + 1]:
+                _advise(tensors[ahead][0], "MADV_WILLNEED")  # reads it from the disk, if it is not in memory
+            placed[i] = sent[i].result()
+    return [placed[i] for i in range(len(tensors))]
+
+
+def _programs(tensors, pieces, order, device, compiler):
+    """For each tensor of order its number and the Future of what joins its pieces, None where there is one piece.
+
+    They are compiled, or read from the cache, beside the upload, and each once for all tensors of a kind.
+    """
+    programs, sharding = {}, jax.sharding.SingleDeviceSharding(device)
+    for i in order:
+        if len(pieces[i]) == 1:
+            yield i, None
+            continue
+        array, change = tensors[i]
+        parts = [jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding) for rows in pieces[i]]
+        if change is not None:
+            parts = [jax.tree.map(lambda x: x.update(sharding=sharding), jax.eval_shape(change, x)) for x in parts]
+        leaves, tree = jax.tree.flatten(parts)
+        key = array.shape, tree, tuple(leaves)
+        if key not in programs:
+            programs[key] = compiler.submit(
+                lambda parts, shape: _join.lower(parts, shape).compile(), parts, array.shape
+            )
+        yield i, programs[key]
 
 
 def _pieces(array):
@@ -300,6 +329,11 @@ def _pieces(array):
     rows = array.reshape(-1, array.shape[-1])
     step = max(1, PIECE_BYTES // rows[0].nbytes)
     return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+@cache
+def _libc():
+    return ctypes.CDLL(None)
 
 
 def _advise(array, advice):
@@ -314,7 +348,7 @@ def _advise(array, advice):
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         # not mmap's own method: that one keeps all other threads waiting meanwhile
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice))
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice))
 
 
 def check_vocabulary(tokenizer: Tokenizer, file, config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 All sizes are in bytes.  Shapes use the legend of `jaxllm.kernels.reference`; T is the tokens of a prefill call.
 """
 
+import ctypes
 import gc
 import math
 import os
@@ -11,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 
@@ -367,18 +369,57 @@ def report(plan: Plan, free: int | None) -> dict:
 def free_memory(device: jax.Device | None = None, _root: Path = Path("/")) -> int | None:
     """Bytes that can still be allocated on a device (None: JAX's default one); None where that cannot be known.
 
-    Of an accelerator, what its allocator has left.  Of a CPU, the smaller of what the system calls available and what
-    the limits of this process's control groups leave; files in memory count as free there, and so does a model that
-    is used from its memory map.
+    Of an accelerator, what its allocator has left; of an NVIDIA GPU whose allocator has no limit, what the driver calls
+    free and what the allocator keeps for reuse, a tenth of the GPU set aside for what is not allocated through XLA.  Of
+    a CPU, the smaller of what the system calls available and what the limits of this process's control groups leave;
+    files in memory count as free there, and so does a model that is used from its memory map.
     """
     device = device or jax.extend.backend.get_default_device()
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats or "bytes_in_use" not in stats:
+        used = stats.get("bytes_in_use")
+        if used is None:
             return None
-        return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
+        if stats.get("bytes_limit"):
+            return max(0, stats["bytes_limit"] - used)
+        memory = _driver_memory(device)
+        if memory is None:
+            return None
+        free, total = memory
+        kept = stats.get("peak_bytes_in_use", used) - used
+        return max(0, min(free + kept, total * 9 // 10 - used))
     known = [size for size in (_system_memory(_root), *_control_groups(_root)) if size is not None]
     return min(known, default=None)
+
+
+@cache
+def cuda_driver() -> ctypes.CDLL | None:
+    """The CUDA driver's library (https://docs.nvidia.com/cuda/cuda-driver-api); None where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _driver_memory(device):
+    """The bytes (free, in all) of an NVIDIA GPU, whoever uses them, as its driver tells them; or None."""
+    cuda = cuda_driver()
+    number, context, free, total = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    if (
+        cuda is None
+        or cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(number), device.local_hardware_id)
+        or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+    ):
+        return None
+    try:
+        if cuda.cuCtxPushCurrent_v2(context):
+            return None
+        failed = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
+    finally:
+        cuda.cuDevicePrimaryCtxRelease_v2(number)
+    return None if failed else (free.value, total.value)
 
 
 def _system_memory(root):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm import resources
 from jaxllm.errors import InputError
 from jaxllm.loader import load
 from jaxllm.sampling import Sampling
@@ -273,8 +274,12 @@ def test_gpu_memory_is_settled_unless_the_user_has(monkeypatch):
     for name in (*command.GPU_MEMORY, *command.GPU_MEMORY_TOO):
         monkeypatch.delenv(name, raising=False)
     with monkeypatch.context() as patch:
+        patch.setattr(resources, "cuda_driver", lambda: object())
         patch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
         assert not command._settle_gpu_memory() and "XLA_CLIENT_MEM_FRACTION" not in os.environ
+    monkeypatch.setattr(resources, "cuda_driver", lambda: None)
+    assert not command._settle_gpu_memory() and not any(name in os.environ for name in command.GPU_MEMORY)
+    monkeypatch.setattr(resources, "cuda_driver", lambda: object())
     assert command._settle_gpu_memory()
     assert {name: os.environ[name] for name in command.GPU_MEMORY} == command.GPU_MEMORY
     for name in command.GPU_MEMORY:

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm import resources
 from jaxllm.config import ModelConfig, preset
 from jaxllm.errors import InputError
 from jaxllm.model import KVCache, Params, abstract_params, init_cache, init_params, quantize_params
@@ -640,9 +641,59 @@ def test_free_memory_here():
         (None, None),
     ],
 )
-def test_free_memory_of_a_gpu(stats, free, tmp_path):
+def test_free_memory_of_a_gpu(stats, free, tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "cuda_driver", lambda: None)
     device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
     assert free_memory(device, system(tmp_path, MEMORY)) == free
+
+
+class Driver:
+    """The part of the CUDA driver that tells a GPU's memory; the call named in fails returns an error."""
+
+    def __init__(self, free, total, fails=None):
+        self.free, self.total, self.fails, self.calls = free, total, fails, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            values = {
+                "cuDeviceGet": lambda out, number: (7 + number,),
+                "cuDevicePrimaryCtxRetain": lambda out, number: (1000 + number.value,),
+                "cuMemGetInfo_v2": lambda *out: (self.free, self.total),
+            }.get(name, lambda *_: ())(*arguments)
+            if name != self.fails:
+                for argument, value in zip(arguments, values, strict=False):
+                    argument._obj.value = value
+            if name == "cuCtxPushCurrent_v2":
+                assert arguments[0].value == 1009  # of device 7 + 2
+            return 700 if name == self.fails else 0
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "used, peak, free, expected",
+    [
+        (100, 100, 600, 600),  # 300 belong to others
+        (100, 250, 600, 750),  # the pool keeps what it had
+        (100, 100, 900, 800),  # a tenth is not for us
+        (950, 950, 50, 0),
+    ],
+)
+def test_free_memory_of_a_gpu_whose_allocator_has_no_limit(used, peak, free, expected, monkeypatch):
+    stats = {"bytes_limit": 0, "bytes_in_use": used, "peak_bytes_in_use": peak}
+    device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats, local_hardware_id=2)
+    driver = Driver(free, 1000)
+    monkeypatch.setattr(resources, "cuda_driver", lambda: driver)
+    assert free_memory(device) == expected
+    assert driver.calls[-2:] == ["cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2"]
+    for fails in driver.calls[:-2]:
+        failing = Driver(free, 1000, fails)
+        monkeypatch.setattr(resources, "cuda_driver", lambda failing=failing: failing)
+        assert free_memory(device) is None
+        assert ("cuDevicePrimaryCtxRelease_v2" in failing.calls) == (
+            fails in ("cuCtxPushCurrent_v2", "cuMemGetInfo_v2")
+        )
 
 
 # usage
