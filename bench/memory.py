@@ -96,7 +96,6 @@ def child(case):
                 "plan_workspace": plan.workspace,
                 "loaded": loaded,
                 "peak": stats["peak_bytes_in_use"],
-                "limit": stats["bytes_limit"],
                 "usage_weights": usage.weights,
                 "tokens_per_s": batch * tokens / (times[-1] - started),
                 "device": device.device_kind,
