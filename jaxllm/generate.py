@@ -40,9 +40,9 @@ PEAK_BANDWIDTH = {
 }
 
 
-# XLA's settings of a GPU's memory: it is taken from CUDA's own pool when it is needed.  XLA's own allocator would keep a
-# table in the host's memory, a thirtieth as large as what it takes of the GPU's, and fill it while taking that.  Of what
-# is given back, up to nine tenths of the GPU's memory are kept for reuse.
+# XLA's settings of a GPU's memory: it is taken from CUDA's own pool when it is needed.  XLA's own allocator would keep
+# a table in the host's memory, a thirtieth as large as what it takes of the GPU's, and fill it while taking that.  Of
+# what is given back, up to nine tenths of the GPU's memory are kept for reuse.
 GPU_MEMORY = {
     "XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
