@@ -43,9 +43,10 @@ import jaxllm
 from jaxllm.config import ModelConfig
 from jaxllm.convert import meta, pth
 from jaxllm.errors import ArgumentParser, InputError, run_command
+from jaxllm.kernels.reference import LEVELS
 from jaxllm.loader import parameter_shapes
 from jaxllm.model import Params, abstract_params, forward, init_cache, quantize_params
-from jaxllm.quantize import LEVELS, dequantize
+from jaxllm.quantize import dequantize
 from jaxllm.tensor import QTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

@@ -40,7 +40,8 @@ class ModelConfig:
     vocab_size V, dim D, n_layers L, n_heads N, n_kv_heads K (it divides N: N is MHA, 1 is MQA, between is GQA),
     head_dim H (even), ffn_dim F; max_len is the context that the model was trained for, in tokens.
     dtype is the type of activations and cache, and of the float weights that are made or stored for this model;
-    kv_cache="int8" makes the cache int8, with a scale for each row, kv head and slot.
+    kv_cache="int8" makes the cache int8, with a scale for each row, kv head and slot.  impl names the implementations
+    of the ops that run the model (`ops.check_implementations`); it is a setting of a run, and not stored.
     Raises ModelError when a value is out of range or two of them contradict each other.
     """
 
@@ -58,6 +59,7 @@ class ModelConfig:
     tied: bool = False
     dtype: str = "bfloat16"
     kv_cache: str | None = None
+    impl: str = "auto"
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_len"):
@@ -76,6 +78,8 @@ class ModelConfig:
             raise ModelError(f"config has dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.kv_cache not in KV_CACHES:
             raise ModelError(f"config has kv_cache={self.kv_cache!r}; it must be None (as dtype) or int8")
+        if not isinstance(self.impl, str):
+            raise ModelError(f"config has impl={self.impl!r}; it must be the name of an implementation, or auto")
 
     @property
     def group(self) -> int:
@@ -83,8 +87,10 @@ class ModelConfig:
         return self.n_heads // self.n_kv_heads
 
     def to_json(self) -> dict:
-        """The values as a dict that `json` can write."""
-        return asdict(self)
+        """The values that a model is stored with, as a dict that `json` can write."""
+        values = asdict(self)
+        del values["impl"]
+        return values
 
     @staticmethod
     def from_json(values: dict) -> "ModelConfig":

@@ -290,11 +290,11 @@ def main(argv: Sequence[str]) -> None:
     sampling = _sampling(args)
     if args.echo and args.json:
         raise InputError("--echo can have no effect with --json, which always holds the prompt; leave one out")
-    check_implementations(args.impl)
 
     settled = _settle_gpu_memory()
     start = time.perf_counter()
     device = jax.devices()[0]
+    check_implementations(args.impl)
     times = {"import_s": imported, "device_s": time.perf_counter() - start}
     if device.platform == "gpu" and settled:
         settings = " ".join(f"{name}={value}" for name, value in GPU_MEMORY.items())
@@ -325,7 +325,7 @@ def _load(args, prompts):
     settings = _memory_settings(args)
     plan = plan_folder(folder, len(prompts), slots, **settings)
     resources.require_memory(plan, resources.free_memory(), least=max(map(len, ids)) + 1)
-    return load(folder, **settings)
+    return load(folder, **settings, impl=args.impl)
 
 
 def _memory_settings(args):
@@ -394,7 +394,9 @@ def _parse(argv):
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="type of activations and cache")
     parser.add_argument("--kv-cache", choices=KV_CACHES[1:], help="half the cache of bfloat16 (default: as --dtype)")
     parser.add_argument("--max-len", type=int, metavar="N", help="context in tokens (default: the model's)")
-    parser.add_argument("--impl", default="auto", metavar="auto|xla|OP=IMPL,...", help="implementation of the ops")
+    parser.add_argument(
+        "--impl", default="auto", metavar="auto|xla|triton|OP=IMPL,...", help="implementation of the ops"
+    )
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--stats", action="store_true", help="print times and speeds to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")

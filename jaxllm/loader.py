@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +29,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError, ModelError
 from jaxllm.kernels.reference import GROUP
 from jaxllm.model import MATRICES, Params, abstract_params, matrix_scheme
+from jaxllm.ops import check_implementations
 from jaxllm.pipeline import LEAST, enable_compilation_cache
 from jaxllm.quantize import NOT_FINITE, SCHEMES
 from jaxllm.quantize import quantize as quantize_weight
@@ -149,6 +150,7 @@ def load(
     keep_float: Collection[str] = (),
     batch: int = 1,
     max_len: int | None = None,
+    impl: str = "auto",
 ) -> Model:
     """Load a model folder (by default the small model inside the package) onto JAX's default device.
 
@@ -157,6 +159,7 @@ def load(
     by default on CPUs and for float32 models, else bfloat16.  Float weights that are wider are narrowed to it; narrower
     ones stay as they are stored, because widening adds bytes and no information.  kv_cache="int8" halves the cache.
     tokenizer is a file to use instead of the folder's own; path may be what `open_folder` returned, and then has it.
+    impl names the implementations of the ops that run the model, as in `ops.check_implementations`.
 
     On a CPU the arrays are the memory map itself, which other processes share; elsewhere pieces of the map are uploaded
     by several threads.  Turns on the persistent compilation cache unless the user has one.
@@ -165,6 +168,7 @@ def load(
     suffice for the weights and `batch` prompts of max_len tokens each (by default as few as a run takes).
     """
     enable_compilation_cache()
+    check_implementations(impl)
     folder = path if isinstance(path, Folder) else open_folder(path, tokenizer)
     if max_len is None:
         max_len = min(LEAST, folder.config.max_len)
@@ -176,7 +180,8 @@ def load(
     for file in folder.files:
         file.check()
     # behind an upload the files do not matter any more
-    return Model(params, plan.config, folder.tokenizer, folder.files if device.platform == "cpu" else ())
+    config = replace(plan.config, impl=impl)
+    return Model(params, config, folder.tokenizer, folder.files if device.platform == "cpu" else ())
 
 
 def plan_folder(

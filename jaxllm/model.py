@@ -200,7 +200,7 @@ def hidden_states(params: Params, config: ModelConfig, tokens, cache: KVCache | 
         x, k, v = _block(layer, config, x, positions, cos, sin, slots)
         keys.append(k)
         values.append(v)
-    x = ops.rms_norm(x, params.norm, config.norm_eps)
+    x = ops.rms_norm(x, params.norm, config.norm_eps, config.impl)
     if cache is None:
         return x, None
     return x, KVCache(tuple(keys), tuple(values), cache.length + (count if lengths is None else lengths))
@@ -210,32 +210,24 @@ def hidden_states(params: Params, config: ModelConfig, tokens, cache: KVCache | 
 @partial(jax.jit, static_argnames="config")
 def _block(layer, config, x, positions, cos, sin, slots):
     """One layer: x [B, T, D] in, x and this layer's k and v [B, K, S, H] out."""
-    h = ops.rms_norm(x, layer.attn_norm, config.norm_eps)
-    qkv = ops.matmul(h, layer.wqkv).astype(x.dtype)  # [B, T, K, G+2, H]
-    q = ops.rope(qkv[..., : config.group, :], cos, sin)
-    k = ops.rope(qkv[..., config.group, :], cos, sin)
-    v = qkv[..., config.group + 1, :]
+    matmul = partial(ops.matmul, eps=config.norm_eps, dtype=x.dtype, impl=config.impl)
+    qkv = matmul(x, layer.wqkv, norm=layer.attn_norm)  # [B, T, K, G+2, H]
     if slots is None:
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        q = ops.rope(qkv[..., : config.group, :], cos, sin, config.impl)
+        k = ops.rope(qkv[..., config.group, :], cos, sin, config.impl).swapaxes(1, 2)
+        v = qkv[..., config.group + 1, :].swapaxes(1, 2)
     else:
-        row = jnp.arange(x.shape[0])[:, None]
-        new = tuple(quantize_weight(a) if isinstance(s, QTensor) else a for s, a in zip(slots, (k, v), strict=True))
-        # "drop": padding may reach beyond the last slot, where clamping would overwrite a filled one
-        k, v = jax.tree.map(lambda s, a: s.at[row, :, positions].set(a, mode="drop"), slots, new)
-        # without the barrier XLA redoes the update inside the attention's loop, and copies the whole cache for that
-        k, v = jax.lax.optimization_barrier((k, v))
-    attended = ops.attention(q, k, v, positions)
-    x = x + ops.matmul(attended.reshape(*x.shape[:2], -1), layer.wo).astype(x.dtype)
+        q, k, v = ops.rope_store(qkv, cos, sin, positions, *slots, config.impl)
+    attended = ops.attention(q, k, v, positions, config.impl)
+    x = matmul(attended.reshape(*x.shape[:2], -1), layer.wo, residual=x)
 
-    h = ops.rms_norm(x, layer.ffn_norm, config.norm_eps)
-    gate_up = ops.matmul(h, layer.w_gate_up).astype(x.dtype)  # [B, T, 2, F]
-    h = ops.swiglu(gate_up[..., 0, :], gate_up[..., 1, :])
-    return x + ops.matmul(h, layer.w_down).astype(x.dtype), k, v
+    h = matmul(x, layer.w_gate_up, norm=layer.ffn_norm, gated=True)  # [B, T, F]
+    return matmul(h, layer.w_down, residual=x), k, v
 
 
-def logits(params: Params, hidden):
+def logits(params: Params, config: ModelConfig, hidden):
     """Scores float32 [..., V] of the next token, from normed hidden states [..., D]."""
-    return ops.matmul(hidden, params.embed if params.output is None else params.output)
+    return ops.matmul(hidden, params.embed if params.output is None else params.output, impl=config.impl)
 
 
 def forward(params: Params, config: ModelConfig, tokens, cache: KVCache | None = None, lengths=None):
@@ -244,4 +236,4 @@ def forward(params: Params, config: ModelConfig, tokens, cache: KVCache | None =
     A pure function: jit, grad, vmap and shard it.  Arguments as in `hidden_states`.
     """
     hidden, cache = hidden_states(params, config, tokens, cache, lengths)
-    return logits(params, hidden), cache
+    return logits(params, config, hidden), cache

@@ -1,59 +1,171 @@
-"""The operator registry: which implementations an op has, and the functions that the model calls.
+"""The operator registry: which implementations an op has, what each supports, and the functions that the model calls.
 
-The type of a weight decides how it is multiplied; a name decides which implementation does it.
+The type of a weight decides how it is multiplied; a name decides which implementation does it: of one op, "triton",
+or of several, "attention=xla,matmul=triton", and of those that are not named the first in its table that supports the
+call.  `python -m jaxllm.ops` prints the tables.  To add an implementation of your own:
+
+    ops.IMPLEMENTATIONS["rms_norm"]["mine"] = ops.Implementation(my_rms_norm)  # the arguments of reference.rms_norm
+    config = dataclasses.replace(config, impl="rms_norm=mine")
 """
 
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 
-from jaxllm.errors import InputError
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from jaxllm.errors import ArgumentParser, InputError, run_command
 from jaxllm.kernels import reference
 from jaxllm.quantize import dequantize, quantize
 from jaxllm.tensor import Array, QTensor
 
-# op -> implementation -> function.  "xla" is the specification: it runs everywhere and is differentiable,
-# but for the rounding of activations in front of w8a8_matmul.
-IMPLEMENTATIONS = {
-    "rms_norm": {"xla": reference.rms_norm},
-    "matmul": {"xla": reference.matmul},
-    "int8_matmul": {"xla": reference.int8_matmul},
-    "w8a8_matmul": {"xla": reference.w8a8_matmul},
-    "rope": {"xla": reference.rope},
-    "attention": {"xla": reference.attention},
-    "swiglu": {"xla": reference.swiglu},
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to do an op, and the calls that it supports.
+
+    function takes the arguments of the op's specification in `jaxllm.kernels.reference`, or is "module:name" of one
+    that is imported when it is first called.  It runs on platform (jax's name; None: on all), on GPUs from a compute
+    capability on, where packages are installed; dtypes are those of the first argument, and limits the other facts of
+    a call, by name (None and nothing: all).  One that is not differentiable is differentiated and batched through
+    the specification.
+    """
+
+    function: Callable | str
+    platform: str | None = None
+    capability: tuple[int, int] = (0, 0)
+    packages: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] | None = None
+    limits: Mapping[str, Collection] = field(default_factory=dict)
+    differentiable: bool = True
+
+
+def _triton(function, **more):
+    """A Triton kernel of `jaxllm.kernels`."""
+    more = dict(dtypes=("float32", "bfloat16", "float16")) | more
+    return Implementation(
+        f"jaxllm.kernels.{function}", "gpu", (8, 0), ("triton", "jax_triton"), differentiable=False, **more
+    )
+
+
+HEAD_DIMS = (64, 80, 96, 128)
+
+# op -> implementation, in the order in which "auto" tries them.  "xla" is the specification: it runs everywhere and is
+# differentiable, but for the rounding of activations in front of w8a8_matmul.
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
+    "rms_norm": {
+        "xla": Implementation(reference.rms_norm),
+        "triton": _triton("rms_norm:rms_norm", limits={"width": range(1, 16385)}),
+    },
+    "add_rms_norm": {
+        "xla": Implementation(reference.add_rms_norm),
+        "triton": _triton("rms_norm:add_rms_norm", limits={"width": range(1, 16385)}),
+    },
+    "softmax": {
+        "xla": Implementation(reference.softmax),
+        "triton": _triton("softmax:softmax", limits={"width": range(1, 2**18 + 1)}),
+    },
+    "swiglu": {
+        "xla": Implementation(reference.swiglu),
+        "triton": _triton("swiglu:swiglu"),
+    },
+    "rope": {
+        "xla": Implementation(reference.rope),
+        "triton": _triton("rope:rope"),
+    },
+    "rope_store": {
+        "xla": Implementation(reference.rope_store),
+        "triton": _triton("rope:rope_store"),
+    },
+    "attention": {
+        "xla": Implementation(reference.attention),
+        "triton": _triton("attention:attention", limits={"head_dim": HEAD_DIMS}),
+    },
+    "matmul": {
+        "xla": Implementation(reference.matmul),
+        "triton": _triton("matmul:matmul"),
+    },
+    "int8_matmul": {
+        "xla": Implementation(reference.int8_matmul),
+        "triton": _triton("matmul:matmul"),
+    },
+    "w8a8_matmul": {
+        "xla": Implementation(reference.w8a8_matmul),
+        "triton": _triton("matmul:w8a8_matmul", dtypes=("int8",)),
+    },
 }
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, impl="auto"):
     """x [..., D] over its root mean square, times weight [D]; in x's type."""
-    return IMPLEMENTATIONS["rms_norm"]["xla"](x, weight, eps)
+    return _call("rms_norm", impl, {"width": x.shape[-1]}, {"eps": eps}, x, weight)
 
 
-def rope(x, cos, sin):
+def add_rms_norm(x, delta, weight, eps, impl="auto"):
+    """x + delta [..., D] in x's type, and the rms_norm of that sum."""
+    return _call("add_rms_norm", impl, {"width": x.shape[-1]}, {"eps": eps}, x, delta, weight)
+
+
+def softmax(x, impl="auto"):
+    """exp(x) over its sum along the last axis of x [..., n]; in x's type."""
+    return _call("softmax", impl, {"width": x.shape[-1]}, {}, x)
+
+
+def swiglu(gate_up, impl="auto"):
+    """silu(gate) * up, elementwise, of gate_up [..., 2, F]: [..., F] in its type."""
+    return _call("swiglu", impl, {}, {}, gate_up)
+
+
+def rope(x, cos, sin, impl="auto"):
     """Rotate each pair (i, i + H/2) of x [B, T, ..., H] by an angle, given as cos and sin [B, T, H/2]; in x's type."""
-    return IMPLEMENTATIONS["rope"]["xla"](x, cos, sin)
+    return _call("rope", impl, {"head_dim": x.shape[-1]}, {}, x, cos, sin)
 
 
-def attention(q, k: Array, v: Array, positions):
-    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H], float or int8; in q's type."""
-    implementation = IMPLEMENTATIONS["attention"]["xla"]
+def rope_store(qkv, cos, sin, positions, k: Array, v: Array, impl="auto"):
+    """Rotate q and k of qkv [B, T, K, G+2, H] and write k and v into a cache: q [B, T, K, G, H], and the cache's k, v.
+
+    The cache k and v [B, K, S, H] is float or int8; token t of row b goes to slot positions[b, t], and nowhere if there
+    is no such slot.
+    """
+    facts = {"head_dim": qkv.shape[-1]}
     if isinstance(k, QTensor):
-        return implementation(q, k.values, v.values, positions, k.scale, v.scale)
-    return implementation(q, k, v, positions)
+        cache = (k.values, v.values, k.scale, v.scale)
+        q, k8, v8, k_scale, v_scale = _call("rope_store", impl, facts, {}, qkv, cos, sin, positions, *cache)
+        return q, QTensor(k8, k_scale), QTensor(v8, v_scale)
+    return _call("rope_store", impl, facts, {}, qkv, cos, sin, positions, k, v)
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, elementwise; in gate's type."""
-    return IMPLEMENTATIONS["swiglu"]["xla"](gate, up)
+def attention(q, k: Array, v: Array, positions, impl="auto"):
+    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H], float or int8; in q's type."""
+    facts = {"head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2]}
+    if isinstance(k, QTensor):
+        return _call("attention", impl, facts, {}, q, k.values, v.values, positions, k.scale, v.scale)
+    return _call("attention", impl, facts, {}, q, k, v, positions)
 
 
-def matmul(x, w: Array):
-    """x [..., in] times w [*out, in] transposed: float32 [..., *out], whether w is float or int8."""
+def matmul(x, w: Array, norm=None, residual=None, eps=0.0, gated=False, dtype=jnp.float32, impl="auto"):
+    """x [..., in] times w [*out, in] transposed, whether w is float or int8: [..., *out] in dtype.
+
+    With norm [in], rms_norm(x, norm, eps) takes the place of x.  With gated, w is [2, F, in] and what is returned is
+    swiglu of the product, [..., F].  residual [..., *out] is added at last.
+    """
+    facts = {"rows": x.size // x.shape[-1], "width": x.shape[-1]}
+    options = {"gated": gated, "dtype": jnp.dtype(dtype)}
     if isinstance(w, QTensor) and w.int8_inputs:
+        if norm is not None:
+            x = rms_norm(x, norm, eps, impl)
         q = quantize(x, "w8a8")
-        return IMPLEMENTATIONS["w8a8_matmul"]["xla"](q.values, q.scale, w.values, w.scale)
+        return _call("w8a8_matmul", impl, facts, options, q.values, q.scale, w.values, w.scale, residual=residual)
+    options["eps"] = eps
     if isinstance(w, QTensor):
-        return IMPLEMENTATIONS["int8_matmul"]["xla"](x, w.values, w.scale)
-    return IMPLEMENTATIONS["matmul"]["xla"](x, w)
+        facts["grouped"] = w.scale.ndim == w.values.ndim
+        return _call("int8_matmul", impl, facts, options, x, w.values, w.scale, norm=norm, residual=residual)
+    return _call("matmul", impl, facts, options, x, w, norm=norm, residual=residual)
 
 
 def embed(tokens, table: Array, dtype):
@@ -63,12 +175,150 @@ def embed(tokens, table: Array, dtype):
     return table[tokens].astype(dtype)
 
 
-def check_implementations(spec: str) -> None:
-    """Raise InputError unless spec is `auto`, the name of an implementation, or `OP=IMPL,...`, all of them there."""
-    for part in spec.split(","):
+def _call(op, impl, facts, options, *arrays, **named):
+    """Do an op: with its arrays, some of which have names, and with options, which are no arrays."""
+    chosen = choose(op, impl, arrays[0].dtype, facts)
+    function = partial(_imported(chosen.function), **options)
+    if not chosen.differentiable:
+        function = _with_rules_of(partial(IMPLEMENTATIONS[op]["xla"].function, **options), function)
+    return function(*arrays, **named)
+
+
+@cache
+def _imported(function):
+    if callable(function):
+        return function
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _with_rules_of(specification, kernel):
+    """The kernel, differentiated and batched (jax.grad, jax.vmap) as the specification is."""
+
+    @jax.custom_batching.custom_vmap
+    def batched(arrays, named):
+        return kernel(*arrays, **named)
+
+    @batched.def_vmap
+    def _(size, in_batched, arrays, named):
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
+        out = jax.vmap(lambda arrays, named: specification(*arrays, **named), in_axes=tuple(axes), axis_size=size)(
+            arrays, named
+        )
+        return out, jax.tree.map(lambda _: True, out)
+
+    @jax.custom_vjp
+    def differentiable(arrays, named):
+        return batched(arrays, named)
+
+    def forward(arrays, named):
+        return batched(arrays, named), (arrays, named)
+
+    def backward(kept, cotangent):
+        _, pull = jax.vjp(lambda arrays, named: specification(*arrays, **named), *kept)
+        return pull(cotangent)
+
+    differentiable.defvjp(forward, backward)
+    return lambda *arrays, **named: differentiable(arrays, named)
+
+
+def choose(op: str, impl: str, dtype, facts: Mapping[str, int]) -> Implementation:
+    """The Implementation that impl (as in `check_implementations`) means for a call of op on JAX's default device.
+
+    dtype is that of the first argument, facts are what limits may name.  Raises InputError when one was asked for by
+    name that does not support the call.
+    """
+    name = _wanted(impl, op)
+    if name != "auto":
+        reason = objection(IMPLEMENTATIONS[op][name], dtype, facts)
+        if reason:
+            raise InputError(f"{op}: {name} cannot do this: {reason}; choose another, or auto")
+        return IMPLEMENTATIONS[op][name]
+    return next(each for each in IMPLEMENTATIONS[op].values() if not objection(each, dtype, facts))
+
+
+def _wanted(impl, op):
+    """The name of the implementation that impl asks for, of one op; or auto."""
+    wanted = "auto"
+    for part in impl.split(","):
+        named, equals, name = part.rpartition("=")
+        if equals and named == op:
+            return name
+        if not equals and name in IMPLEMENTATIONS[op]:
+            wanted = name
+    return wanted
+
+
+def objection(implementation: Implementation, dtype=None, facts: Mapping[str, int] | None = None) -> str | None:
+    """Why an implementation cannot do a call on JAX's default device, or None; without dtype and facts, any call."""
+    device = jax.extend.backend.get_default_device()
+    if implementation.platform not in (None, device.platform):
+        return f"it needs a {implementation.platform}, and JAX's default device is a {device.platform}"
+    for package in implementation.packages:
+        if find_spec(package) is None:
+            old = " (it needs Python 3.12)" if sys.version_info < (3, 12) else ""
+            return f"it needs the package {package}, which is not installed{old}"
+    if implementation.capability > (0, 0):
+        capability = tuple(map(int, device.compute_capability.split(".")))
+        if capability < implementation.capability:
+            least = ".".join(map(str, implementation.capability))
+            return f"it needs compute capability {least}, and this GPU has {device.compute_capability}"
+    if dtype is not None and implementation.dtypes and jnp.dtype(dtype).name not in implementation.dtypes:
+        return f"it takes {', '.join(implementation.dtypes)}, not {jnp.dtype(dtype).name}"
+    for fact, allowed in implementation.limits.items():
+        if facts is not None and facts[fact] not in allowed:
+            return f"it takes {fact} {_allowed(allowed)}, not {facts[fact]}"
+    return None
+
+
+def _allowed(values):
+    return f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
+
+
+def check_implementations(impl: str) -> None:
+    """Raise InputError unless impl can be used: `auto`, the name of an implementation, or `OP=NAME,...`.
+
+    A name without an op stands for all ops that have one of that name.
+    """
+    for part in impl.split(","):
         op, equals, name = part.rpartition("=")
         if equals and op not in IMPLEMENTATIONS:
             raise InputError(f"there is no op called {op!r}; there are {', '.join(IMPLEMENTATIONS)}")
-        names = {"auto"}.union(*([IMPLEMENTATIONS[op]] if equals else IMPLEMENTATIONS.values()))
+        tables = [IMPLEMENTATIONS[op]] if equals else IMPLEMENTATIONS.values()
+        names = {"auto"}.union(*tables)
         if name not in names:
             raise InputError(f"implementation {name!r} is not in this jaxllm; there are {', '.join(sorted(names))}")
+        for table in tables:
+            reason = objection(table[name]) if name in table else None
+            if reason:
+                raise InputError(f"implementation {name!r} cannot be used here: {reason}; choose another, or auto")
+
+
+def _supports(implementation):
+    """In words: what an implementation supports."""
+    parts = [implementation.platform or "any device"]
+    if implementation.capability > (0, 0):
+        parts[0] += f" from compute capability {'.'.join(map(str, implementation.capability))}"
+    if implementation.dtypes:
+        parts.append(" ".join(implementation.dtypes))
+    parts += [f"{fact} {_allowed(values)}" for fact, values in implementation.limits.items()]
+    return "; ".join(parts)
+
+
+def main(argv=None):
+    """Print each op's implementations: what they support, and which one auto takes here, and why not the others."""
+    ArgumentParser(prog="python -m jaxllm.ops", description=main.__doc__).parse_args(argv)
+    for op, table in IMPLEMENTATIONS.items():
+        print(op)
+        taken = False
+        for name, implementation in table.items():
+            reason = objection(implementation)
+            here = reason or (
+                "auto comes to the ones above first" if taken else "auto takes it where it supports the call"
+            )
+            taken |= not reason and not implementation.limits and implementation.dtypes is None
+            print(f"  {name:<8} {_supports(implementation)}\n           {here}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -16,8 +16,6 @@ from jaxllm.tensor import QTensor
 
 SCHEMES = ("int8", "int8-g128", "w8a8")
 NOT_FINITE = "holds a weight that is not finite (NaN or infinite), which int8 cannot hold; keep it float"
-LEVELS = 127  # -128 is left out: the grid is symmetric, and a negated weight quantizes to the negated values
-TINY = 1e-37  # the smallest scale; below it weights that matter are denormal numbers, which XLA takes for 0
 
 
 def quantize(w, scheme: str = "int8") -> QTensor:
@@ -39,14 +37,10 @@ def quantize(w, scheme: str = "int8") -> QTensor:
     if scheme == "int8-g128":
         padding = [(0, 0)] * (w.ndim - 1) + [(0, -size % GROUP)]
         w = xp.pad(w, padding).reshape(*w.shape[:-1], -1, GROUP)
-    peak = xp.max(xp.abs(w), axis=-1)
-    if xp is np and not np.isfinite(peak).all():
+    with np.errstate(invalid="ignore"):  # what is not finite is refused below
+        values, scale = reference.quantize_rows(w, xp)
+    if xp is np and not np.isfinite(scale).all():
         raise ValueError(NOT_FINITE)
-    # inverses are spelled out because XLA multiplies by them where a divisor is broadcast, and numpy does not
-    scale = peak * xp.float32(1 / LEVELS)
-    scale = xp.where(scale < TINY, xp.float32(0), scale)
-    inverse = 1 / xp.where(scale > 0, scale, xp.float32(1))
-    values = xp.clip(xp.rint(w * inverse[..., None]), -LEVELS, LEVELS).astype(xp.int8)
     if scheme == "int8-g128":
         values = values.reshape(*values.shape[:-2], -1)[..., :size]
     return QTensor(values, scale, int8_inputs=scheme == "w8a8")

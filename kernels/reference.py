@@ -10,6 +10,8 @@ import jax.numpy as jnp
 # XLA's default lets a GPU multiply float32 in tf32, which keeps 10 bits of the mantissa
 EXACT = jax.lax.Precision.HIGHEST
 GROUP = 128  # inputs that share a scale, where a weight's scales are not one an output channel
+LEVELS = 127  # -128 is left out: the grid is symmetric, and a negated weight quantizes to the negated values
+TINY = 1e-37  # the smallest scale; below it weights that matter are denormal numbers, which XLA takes for 0
 FEW_ROWS = 8  # up to here a CPU takes longer to convert a weight than to multiply by it
 
 
@@ -34,7 +36,38 @@ def rms_norm(x, weight, eps):
     return (normed * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def matmul(x, w):
+def add_rms_norm(x, delta, weight, eps):
+    """x + delta [..., D] in x's type, and the rms_norm of that sum."""
+    x = x + delta.astype(x.dtype)
+    return x, rms_norm(x, weight, eps)
+
+
+def softmax(x):
+    """exp(x) over its sum along the last axis of x [..., n]; in x's type."""
+    return jax.nn.softmax(x.astype(jnp.float32), axis=-1).astype(x.dtype)
+
+
+def matmul(x, w, norm=None, residual=None, eps=0.0, gated=False, dtype=jnp.float32):
+    """x [..., in] times w [*out, in] transposed: [..., *out] in dtype.
+
+    With norm [in], rms_norm(x, norm, eps) takes the place of x.  With gated, w is [2, F, in] and what is returned is
+    swiglu of the product, [..., F].  residual [..., *out] is added at last.
+    """
+    return _finish(_product(_normed(x, norm, eps), w), residual, gated, dtype)
+
+
+def _normed(x, norm, eps):
+    return x if norm is None else rms_norm(x, norm, eps)
+
+
+def _finish(product, residual, gated, dtype):
+    product = product.astype(dtype)
+    if gated:
+        product = swiglu(product)
+    return product if residual is None else residual.astype(dtype) + product
+
+
+def _product(x, w):
     """x [..., in] times w [*out, in] transposed: float32 [..., *out]."""
     rows = x.reshape(-1, x.shape[-1])
     # seen as a matrix: of a w with several output axes XLA would make a transposed copy
@@ -61,17 +94,17 @@ def _multiply_sum(row, matrix):
     return jnp.sum(matrix.astype(jnp.float32) * row.astype(jnp.float32), axis=-1)
 
 
-def int8_matmul(x, values, scale):
-    """x [..., in] times the int8 weight of values [*out, in] and scale, transposed: float32 [..., *out].
+def int8_matmul(x, values, scale, norm=None, residual=None, eps=0.0, gated=False, dtype=jnp.float32):
+    """matmul of x [..., in] and the int8 weight of values [*out, in] and scale; the other arguments are as there.
 
     scale [*out] is one number an output channel, and applied to the sum instead of to every weight; of groups, scale is
     [*out, groups] as in `dequantize`.
     """
+    x = _normed(x, norm, eps)
     # ties the weight to x: in a decode loop XLA would else convert all weights once, before the loop, and keep them
     x, values = jax.lax.optimization_barrier((x, values))
-    if scale.ndim < values.ndim:
-        return matmul(x, values) * scale
-    return matmul(x, dequantize(values, scale))
+    product = _product(x, values) * scale if scale.ndim < values.ndim else _product(x, dequantize(values, scale))
+    return _finish(product, residual, gated, dtype)
 
 
 def dequantize(values, scale):
@@ -83,10 +116,24 @@ def dequantize(values, scale):
     return values.astype(jnp.float32) * scale
 
 
-def w8a8_matmul(x, x_scale, values, scale):
+def quantize_rows(x, xp=jnp):
+    """x [..., n] as symmetric int8: values [..., n], and scale [...] = max|x| / 127 of each row; float32 inside.
+
+    Values round half to even.  A row of zeros, or below TINY, has scale 0.  xp is jax.numpy, or numpy: on a CPU both
+    give the same bits.
+    """
+    x = x.astype(xp.float32)
+    # inverses are spelled out because XLA multiplies by them where a divisor is broadcast, and numpy does not
+    scale = xp.max(xp.abs(x), axis=-1) * xp.float32(1 / LEVELS)
+    scale = xp.where(scale < TINY, xp.float32(0), scale)
+    inverse = 1 / xp.where(scale > 0, scale, xp.float32(1))
+    return xp.clip(xp.rint(x * inverse[..., None]), -LEVELS, LEVELS).astype(xp.int8), scale
+
+
+def w8a8_matmul(x, x_scale, values, scale, residual=None, gated=False, dtype=jnp.float32):
     """int8 x [..., in] times int8 values [*out, in] transposed, summed in int32, times x_scale [...] and scale [*out].
 
-    float32 [..., *out].
+    [..., *out] in dtype; residual and gated as in `matmul`.
     """
     rows, matrix = x.reshape(-1, x.shape[-1]), values.reshape(-1, values.shape[-1])
 
@@ -110,7 +157,8 @@ def w8a8_matmul(x, x_scale, values, scale):
     else:
         out = dot(rows, matrix)
     out = out.reshape(*x.shape[:-1], *values.shape[:-1])
-    return out * x_scale.reshape(*x_scale.shape, *(1,) * scale.ndim) * scale
+    product = out * x_scale.reshape(*x_scale.shape, *(1,) * scale.ndim) * scale
+    return _finish(product, residual, gated, dtype)
 
 
 def rope(x, cos, sin):
@@ -122,6 +170,25 @@ def rope(x, cos, sin):
     cos, sin = (a.reshape(*a.shape[:2], *between, a.shape[-1]) for a in (cos, sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rope_store(qkv, cos, sin, positions, k, v, k_scale=None, v_scale=None):
+    """Rotate q and k of qkv [B, T, K, G+2, H], and write k and v into a cache: q [B, T, K, G, H], and the cache.
+
+    qkv holds for each kv head its G query heads, then k, then v; cos and sin are as in `rope`.  The cache k and v
+    [B, K, S, H] has qkv's type, or is int8 with k_scale and v_scale [B, K, S]; it is returned as it was given.  Token t
+    of row b goes to slot positions[b, t]; one beyond the last slot is dropped (padding may reach there).
+    """
+    q, new_k, new_v = rope(qkv[..., :-2, :], cos, sin), rope(qkv[..., -2, :], cos, sin), qkv[..., -1, :]
+    if k_scale is None:
+        cache, new = (k, v), (new_k, new_v)
+    else:
+        (k8, k8_scale), (v8, v8_scale) = quantize_rows(new_k), quantize_rows(new_v)
+        cache, new = (k, v, k_scale, v_scale), (k8, v8, k8_scale, v8_scale)
+    row = jnp.arange(qkv.shape[0])[:, None]
+    cache = jax.tree.map(lambda s, a: s.at[row, :, positions].set(a, mode="drop"), cache, new)
+    # without the barrier XLA redoes the update inside the attention's loop, and copies the whole cache for that
+    return q, *jax.lax.optimization_barrier(cache)
 
 
 def attention(q, k, v, positions, k_scale=None, v_scale=None):
@@ -142,7 +209,7 @@ def attention(q, k, v, positions, k_scale=None, v_scale=None):
     return einsum("BKSGT,BKSH->BTKGH", weights.astype(q.dtype), v.astype(q.dtype)).astype(q.dtype)
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, elementwise; in gate's type.  Shazeer 2020, eq. 6."""
-    gate32 = gate.astype(jnp.float32)
-    return (gate32 * jax.nn.sigmoid(gate32) * up.astype(jnp.float32)).astype(gate.dtype)
+def swiglu(gate_up):
+    """silu(gate) * up, elementwise, of gate_up [..., 2, F]: [..., F] in its type.  Shazeer 2020, eq. 6."""
+    gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
+    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)

@@ -1,0 +1,209 @@
+"""The registry: what is chosen, what is refused and why, and how implementations from outside come in."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import ops
+from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError, ModelError
+from jaxllm.kernels import reference
+from jaxllm.model import forward, init_cache, init_params, quantize_params
+from jaxllm.ops import IMPLEMENTATIONS, Implementation, check_implementations, choose, objection
+
+CONFIG = ModelConfig(60, 24, 2, 4, 2, 6, 20, 32)
+GPU = SimpleNamespace(platform="gpu", compute_capability="8.6")
+
+
+def opaque(function):
+    """A function that jax can neither differentiate nor batch, as a kernel is."""
+
+    def call(*arrays, norm=None, residual=None, **options):
+        def run(arrays, norm, residual):
+            named = {name: value for name, value in (("norm", norm), ("residual", residual)) if value is not None}
+            return function(*arrays, **named, **options)
+
+        shapes = jax.eval_shape(run, arrays, norm, residual)
+        return jax.pure_callback(run, shapes, arrays, norm, residual)
+
+    return call
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A function that registers an implementation until the test ends."""
+
+    def register(op, name, implementation):
+        monkeypatch.setitem(IMPLEMENTATIONS[op], name, implementation)
+
+    return register
+
+
+def test_an_implementation_from_outside(own):
+    calls = []
+
+    def doubled(x, weight, eps):
+        calls.append(x.shape)
+        return 2 * reference.rms_norm(x, weight, eps)
+
+    own("rms_norm", "mine", Implementation(doubled))
+    params = init_params(CONFIG, jax.random.key(0))
+    tokens = jnp.array([[1, 2, 3]])
+    plain, _ = forward(params, CONFIG, tokens)
+    ours, _ = forward(params, replace(CONFIG, impl="rms_norm=mine"), tokens)
+    assert calls == [(1, 3, 24)]
+    np.testing.assert_allclose(ours, 2 * plain, rtol=1e-5)
+
+
+def test_every_op_of_the_model_can_be_replaced(own):
+    """All that a forward pass does goes through the registry, prefill and decode, whatever the weights."""
+    seen = set()
+
+    def watched(op):
+        def call(*arrays, **named):
+            seen.add(op)
+            return IMPLEMENTATIONS[op]["xla"].function(*arrays, **named)
+
+        return call
+
+    for op in IMPLEMENTATIONS:
+        own(op, "watched", Implementation(watched(op)))
+    for scheme, kv_cache in [(None, None), ("int8", "int8"), ("w8a8", None)]:
+        config = replace(CONFIG, kv_cache=kv_cache, impl="watched")
+        params = init_params(config, jax.random.key(0))
+        params = quantize_params(params, scheme) if scheme else params
+        tokens = jnp.array([[1, 2, 3]])
+        ours, cache = forward(params, config, tokens, init_cache(config, 1, 8))
+        theirs, other = forward(params, replace(config, impl="auto"), tokens, init_cache(config, 1, 8))
+        np.testing.assert_array_equal(ours, theirs)
+        jax.tree.map(np.testing.assert_array_equal, cache, other)
+    forward(params, config, tokens)
+    assert seen == IMPLEMENTATIONS.keys() - {"add_rms_norm", "softmax", "swiglu"}
+
+
+def test_a_kernel_is_differentiated_and_batched_as_the_specification(own):
+    weight = jnp.linspace(0.5, 2, 24)
+    x = jax.random.normal(jax.random.key(0), (3, 24))
+    own("rms_norm", "kernel", Implementation(opaque(reference.rms_norm), differentiable=False))
+    own("matmul", "kernel", Implementation(opaque(reference.matmul), differentiable=False))
+
+    def f(impl):
+        return lambda x, w: jnp.sum(jnp.sin(ops.matmul(ops.rms_norm(x, w, 1e-5, impl), jnp.eye(24), w, x, impl=impl)))
+
+    for ours, theirs in zip(
+        jax.grad(f("kernel"), (0, 1))(x, weight), jax.grad(f("xla"), (0, 1))(x, weight), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(ours).max() > 0.1
+    batch = jnp.stack([x, 2 * x + 1])
+    for axes in [(0, None), (1, None), (0, 0)]:
+        weights = jnp.stack([weight, weight**2]) if axes[1] == 0 else weight
+        mapped = batch.swapaxes(0, axes[0])
+        ours, theirs = (jax.vmap(f(impl), in_axes=axes)(mapped, weights) for impl in ("kernel", "xla"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "impl, expected",
+    [
+        ("auto", "fast"),
+        ("xla", "xla"),
+        ("swiglu=xla", "fast"),
+        ("rms_norm=xla", "xla"),
+        ("xla,rms_norm=fast", "fast"),
+        ("rms_norm=fast,xla", "fast"),
+        ("xla,rms_norm=auto", "fast"),
+        ("triton", "fast"),  # the op has none of that name
+    ],
+)
+def test_who_is_chosen(monkeypatch, impl, expected):
+    table = {name: Implementation(reference.rms_norm) for name in ("fast", "xla")}
+    monkeypatch.setitem(IMPLEMENTATIONS, "rms_norm", table)
+    assert choose("rms_norm", impl, jnp.float32, {}) is table[expected]
+
+
+@pytest.mark.parametrize(
+    "more, call, reason",
+    [
+        ({}, {}, None),
+        ({"platform": "gpu"}, {}, None),
+        ({"platform": "tpu"}, {}, "needs a tpu, and JAX's default device is a gpu"),
+        ({"capability": (8, 6)}, {}, None),
+        ({"capability": (8, 9)}, {}, "needs compute capability 8.9, and this GPU has 8.6"),
+        ({"packages": ("numpy",)}, {}, None),
+        ({"packages": ("numpy", "no_such_package")}, {}, "needs the package no_such_package"),
+        ({"dtypes": ("float32", "int8")}, {"dtype": "int8"}, None),
+        ({"dtypes": ("float32",)}, {"dtype": "bfloat16"}, "takes float32, not bfloat16"),
+        ({"limits": {"rows": range(1, 17)}}, {"facts": {"rows": 16}}, None),
+        ({"limits": {"rows": range(1, 17)}}, {"facts": {"rows": 17}}, "takes rows 1 to 16, not 17"),
+        ({"limits": {"head_dim": (64, 128)}}, {"facts": {"head_dim": 96}}, "takes head_dim 64, 128, not 96"),
+        ({"limits": {"rows": range(1, 17)}, "dtypes": ("int8",)}, {}, None),  # not asked about a call
+    ],
+)
+def test_what_is_not_supported(monkeypatch, more, call, reason):
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: GPU)
+    implementation = Implementation(reference.rms_norm, **more)
+    found = objection(implementation, **call)
+    assert found is None if reason is None else reason in found
+    table = {"fast": implementation, "xla": Implementation(reference.rms_norm)}
+    monkeypatch.setitem(IMPLEMENTATIONS, "rms_norm", table)
+    arguments = call.get("dtype", "int8" if "dtypes" in more else "float32"), call.get("facts", {"rows": 1})
+    assert choose("rms_norm", "auto", *arguments) is table["fast" if reason is None else "xla"]
+    if reason is None:
+        assert choose("rms_norm", "fast", *arguments) is table["fast"]
+    else:
+        with pytest.raises(InputError, match=f"rms_norm: fast cannot do this: it {reason}.*; choose another, or auto"):
+            choose("rms_norm", "fast", *arguments)
+
+
+def test_old_pythons_are_told(monkeypatch):
+    monkeypatch.setattr(ops.sys, "version_info", (3, 11, 4))
+    implementation = Implementation(reference.rms_norm, packages=("no_such_package",))
+    assert "it needs Python 3.12" in objection(implementation)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there they run")
+def test_kernels_without_a_gpu_are_refused_by_name():
+    check_implementations("auto,xla")
+    for impl in ("triton", "attention=triton,xla"):
+        with pytest.raises(
+            InputError, match="'triton' cannot be used here: it needs a gpu, and JAX's default device is a"
+        ):
+            check_implementations(impl)
+        with pytest.raises(InputError, match="attention: triton cannot do this: it needs a gpu"):
+            choose("attention", impl, jnp.float32, {"head_dim": 64})
+
+
+@pytest.mark.parametrize(
+    "impl, message",
+    [
+        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, triton, xla"),
+        ("atention=xla", "no op called 'atention'; there are rms_norm, "),
+        ("rms_norm=cudnn", "implementation 'cudnn' is not in this jaxllm"),
+        ("", "implementation ''"),
+    ],
+)
+def test_names_that_do_not_exist(impl, message):
+    with pytest.raises(InputError, match=message):
+        check_implementations(impl)
+
+
+def test_the_setting_is_not_stored():
+    config = replace(CONFIG, impl="xla")
+    assert "impl" not in config.to_json() and ModelConfig.from_json(config.to_json()) == CONFIG
+    with pytest.raises(ModelError, match="impl=3"):
+        replace(CONFIG, impl=3)
+
+
+def test_the_table_is_printed(capsys):
+    ops.main([])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [*IMPLEMENTATIONS]
+    assert out.count("auto takes it") == len(IMPLEMENTATIONS)
+    if jax.default_backend() == "cpu":
+        assert "gpu from compute capability 8.0; float32 bfloat16 float16; head_dim 64, 80, 96, 128" in out
+        assert "it needs a gpu, and JAX's default device is a cpu" in out
