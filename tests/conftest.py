@@ -1,13 +1,18 @@
 """Checkpoints and model folders to test with: the two fixtures, and random ones written as Meta's shards."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+
+if importlib.util.find_spec("triton") and jax.default_backend() == "cpu":
+    import interpreter  # noqa: F401  before any kernel is defined: with a GPU they run for real
 
 from jaxllm.convert import __main__ as convert
 from jaxllm.convert import pth
