@@ -98,6 +98,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "xla": Implementation(reference.w8a8_matmul),
         "triton": _triton("matmul:w8a8_matmul", dtypes=("int8",)),
     },
+    "restrict": {
+        "xla": Implementation(reference.restrict),
+        "triton": _triton("sample:restrict", dtypes=("float32",), limits={"width": range(1, 2**18 + 1)}),
+    },
 }
 
 
@@ -166,6 +170,11 @@ def matmul(x, w: Array, norm=None, residual=None, eps=0.0, gated=False, dtype=jn
         facts["grouped"] = w.scale.ndim == w.values.ndim
         return _call("int8_matmul", impl, facts, options, x, w.values, w.scale, norm=norm, residual=residual)
     return _call("matmul", impl, facts, options, x, w, norm=norm, residual=residual)
+
+
+def restrict(logits, top_k, top_p, impl="auto"):
+    """Logits float32 [B, V] with those outside top_k int32 [B] (0: off) and top_p float32 [B] (1: off) at -inf."""
+    return _call("restrict", impl, {"width": logits.shape[-1]}, {}, logits, top_k, top_p)
 
 
 def embed(tokens, table: Array, dtype):

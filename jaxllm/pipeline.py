@@ -66,7 +66,7 @@ def prefill(params: Params, config: ModelConfig, state: State, tokens, lengths, 
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
     seen = state.seen.at[row[:, None], tokens].max(real)
     last = hidden[row, jnp.maximum(lengths - 1, 0)]
-    chosen = sample(logits(params, config, last), sampling, jnp.zeros_like(state.step), seen)
+    chosen = sample(logits(params, config, last), sampling, jnp.zeros_like(state.step), seen, config.impl)
     token = jnp.where(lengths > 0, chosen, state.token)
     return State(cache, token, seen, jnp.where(lengths > 0, 1, state.step), state.done), token
 
@@ -84,7 +84,7 @@ def decode_chunk(params: Params, config: ModelConfig, state: State, sampling: Sa
         seen = state.seen.at[row, state.token].set(True)
         alive = jnp.where(done, 0, 1)  # a finished row's cache no longer grows
         hidden, cache = hidden_states(params, config, state.token[:, None], state.cache, alive)
-        chosen = sample(logits(params, config, hidden[:, 0]), sampling, state.step, seen)
+        chosen = sample(logits(params, config, hidden[:, 0]), sampling, state.step, seen, config.impl)
         token = jnp.where(done, state.token, chosen)
         return State(cache, token, seen, state.step + alive, done), jnp.where(done, -1, chosen)
 

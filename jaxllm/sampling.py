@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import ops
 from jaxllm.errors import InputError
 
 _RANGES = {  # field -> (type, test, what is allowed)
@@ -61,11 +62,12 @@ class Sampling:
         return Sampling(**values)
 
 
-def sample(logits, sampling: Sampling, step, seen):
+def sample(logits, sampling: Sampling, step, seen, impl="auto"):
     """Choose a token for each row of logits float32 [B, V]: int32 [B].
 
     sampling holds arrays [B]; step int32 [B] numbers a row's draws, so that a draw depends on the row's seed and step
     and on nothing else; seen bool [B, V] marks the tokens that occurred in the row, for the repetition penalty.
+    impl is as in `ops.check_implementations`.
     """
     penalty = sampling.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -74,7 +76,7 @@ def sample(logits, sampling: Sampling, step, seen):
     def draw():
         scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
         restricts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
-        kept = _where(restricts, lambda: _restrict(scaled, sampling), lambda: scaled)
+        kept = _where(restricts, lambda: ops.restrict(scaled, sampling.top_k, sampling.top_p, impl), lambda: scaled)
         floor = jnp.max(kept, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]  # log(0) = -inf keeps all
         kept = jnp.where(kept >= floor, kept, -jnp.inf)
         keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(sampling.seed, step)
@@ -95,19 +97,3 @@ def _where(condition, then, otherwise):
         cpu=lambda condition: jax.lax.cond(condition, then, otherwise),
         default=lambda condition: jnp.where(condition, then(), otherwise()),
     )
-
-
-def _restrict(logits, sampling):
-    """Logits [B, V] with those outside top-k and top-p at -inf."""
-    size = logits.shape[-1]
-    descending = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(size)
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)[:, None]
-    in_k = rank < k
-    p = jax.nn.softmax(jnp.where(in_k, descending, -jnp.inf), axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p  # the probability of all likelier tokens
-    top_p = sampling.top_p[:, None]
-    in_p = (before < top_p) | (top_p >= 1)  # a sum of float32 may reach 1 before the last token
-    last = jnp.sum(in_k & in_p, axis=-1, keepdims=True) - 1
-    threshold = jnp.take_along_axis(descending, last, axis=-1)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)

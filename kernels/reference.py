@@ -213,3 +213,23 @@ def swiglu(gate_up):
     """silu(gate) * up, elementwise, of gate_up [..., 2, F]: [..., F] in its type.  Shazeer 2020, eq. 6."""
     gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
     return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
+
+
+def restrict(logits, top_k, top_p):
+    """Logits float32 [B, V] with those outside top-k and top-p at -inf; top_k int32 [B], 0 is off; top_p float32 [B].
+
+    A token is within top-p while the probability of all likelier ones, among those within top-k, is below top_p
+    (Holtzman et al. 2020); with 1 or more all are.  What ties with the last one stays.
+    """
+    size = logits.shape[-1]
+    descending = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(size)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)[:, None]
+    in_k = rank < k
+    p = jax.nn.softmax(jnp.where(in_k, descending, -jnp.inf), axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p  # the probability of all likelier tokens
+    top_p = top_p[:, None]
+    in_p = (before < top_p) | (top_p >= 1)  # a sum of float32 may reach 1 before the last token
+    last = jnp.sum(in_k & in_p, axis=-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(descending, last, axis=-1)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)

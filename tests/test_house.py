@@ -12,12 +12,12 @@ FLOORS = {
     "errors": -1,  # below all others
     "config": 0,
     "tensor": 0,
-    "sampling": 0,
     "tokenizer": 0,
     "kernels": 0,
     "quantize": 1,
     "ops": 2,
     "model": 3,
+    "sampling": 3,
     "pipeline": 4,
     "sharding": 4,
     "resources": 5,

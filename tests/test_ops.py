@@ -14,6 +14,7 @@ from jaxllm.errors import InputError, ModelError
 from jaxllm.kernels import reference
 from jaxllm.model import forward, init_cache, init_params, quantize_params
 from jaxllm.ops import IMPLEMENTATIONS, Implementation, check_implementations, choose, objection
+from jaxllm.sampling import Sampling, sample
 
 CONFIG = ModelConfig(60, 24, 2, 4, 2, 6, 20, 32)
 GPU = SimpleNamespace(platform="gpu", compute_capability="8.6")
@@ -60,7 +61,7 @@ def test_an_implementation_from_outside(own):
 
 
 def test_every_op_of_the_model_can_be_replaced(own):
-    """All that a forward pass does goes through the registry, prefill and decode, whatever the weights."""
+    """All that a model does goes through the registry, whatever its weights, and the choice of the token too."""
     seen = set()
 
     def watched(op):
@@ -82,6 +83,7 @@ def test_every_op_of_the_model_can_be_replaced(own):
         np.testing.assert_array_equal(ours, theirs)
         jax.tree.map(np.testing.assert_array_equal, cache, other)
     forward(params, config, tokens)
+    sample(ours[:, -1], Sampling(top_k=3).rows(1), jnp.array([0]), jnp.zeros((1, 60), bool), "watched")
     assert seen == IMPLEMENTATIONS.keys() - {"add_rms_norm", "softmax", "swiglu"}
 
 
