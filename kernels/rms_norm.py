@@ -44,7 +44,8 @@ def _rms_norm(x, weight, out, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: t
 def _add_rms_norm(x, delta, weight, total, out, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     at, column = _offsets(D, ROWS, BLOCK)
     values = tl.load(x + at, mask=column < D, other=0.0)
-    values += tl.load(delta + at, mask=column < D, other=0.0).to(values.dtype)
+    added = tl.load(delta + at, mask=column < D, other=0.0).to(values.dtype)
+    values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
     gain = tl.load(weight + column, mask=column < D, other=0.0)
     tl.store(total + at, values, mask=column < D)
     tl.store(out + at, _normed(values, gain, eps, D).to(out.dtype.element_ty), mask=column < D)

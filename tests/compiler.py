@@ -63,5 +63,6 @@ def compile_for(capability: int, function, *arguments):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out_type)
 
     sys.modules["jax_triton"] = SimpleNamespace(triton_call=triton_call)
-    jax.eval_shape(function, *arguments)
+    # a function of its own: what was traced before would not be traced again
+    jax.eval_shape(lambda *arguments: function(*arguments), *arguments)
     return found

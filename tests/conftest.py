@@ -28,6 +28,13 @@ SPLIT = {
 }  # fmt: skip
 
 
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_home(tmp_path_factory):
     """`load` turns on the compilation cache in the user's cache folder: not the one of who runs the tests."""

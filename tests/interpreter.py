@@ -10,7 +10,10 @@ from types import SimpleNamespace
 os.environ["TRITON_INTERPRET"] = "1"
 
 import jax  # noqa: E402
+import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter as _interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 POISON = 0x5D  # every byte of what a kernel has to write: 1e18 as float32 and bfloat16, 93 as int8
@@ -74,10 +77,24 @@ def triton_call(*arrays, kernel, out_type, grid, input_output_aliases=None, num_
             assert (given[source].shape, given[source].dtype) == (leaves[target].shape, leaves[target].dtype)
             results[target] = given[source]
         fresh = [result for number, result in enumerate(results) if number not in same.values()]
-        kernel[grid](*map(_Tensor, (*given, *fresh)), **constants)
+        with np.errstate(all="ignore"):  # a GPU does not warn
+            kernel[grid](*map(_Tensor, (*given, *fresh)), **constants)
         return tuple(results)
 
     return jax.tree.unflatten(tree, jax.pure_callback(run, tuple(leaves), *arrays))
 
 
+_convert_float = _interpreter._convert_float
+_NUMPY = {tl.bfloat16: np.dtype(ml_dtypes.bfloat16), tl.float32: np.dtype(np.float32)}
+
+
+def _convert(array, source, target, rounding):
+    """Between float32 and bfloat16 as a GPU does it, to the nearest: the interpreter cuts off."""
+    if source not in _NUMPY or target not in _NUMPY:
+        return _convert_float(array, source, target, rounding)
+    values = np.ascontiguousarray(array).view(_NUMPY[source]).astype(_NUMPY[target])
+    return values.view(np.uint16 if target == tl.bfloat16 else np.uint32)
+
+
+_interpreter._convert_float = _convert
 sys.modules["jax_triton"] = SimpleNamespace(triton_call=triton_call)
