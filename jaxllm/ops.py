@@ -249,13 +249,26 @@ def choose(op: str, impl: str, dtype, facts: Mapping[str, int]) -> Implementatio
 def _wanted(impl, op):
     """The name of the implementation that impl asks for, of one op; or auto."""
     wanted = "auto"
-    for part in impl.split(","):
-        named, equals, name = part.rpartition("=")
-        if equals and named == op:
+    for named, name in _parts(impl):
+        if named == op:
             return name
-        if not equals and name in IMPLEMENTATIONS[op]:
+        if named is None and name in IMPLEMENTATIONS[op]:
             wanted = name
     return wanted
+
+
+def _parts(impl):
+    """The parts of impl as (op, name), op None for all; raises InputError for one that does not exist."""
+    parts = []
+    for part in impl.split(","):
+        op, equals, name = part.rpartition("=")
+        if equals and op not in IMPLEMENTATIONS:
+            raise InputError(f"there is no op called {op!r}; there are {', '.join(IMPLEMENTATIONS)}")
+        names = {"auto"}.union(*([IMPLEMENTATIONS[op]] if equals else IMPLEMENTATIONS.values()))
+        if name not in names:
+            raise InputError(f"implementation {name!r} is not in this jaxllm; there are {', '.join(sorted(names))}")
+        parts.append((op if equals else None, name))
+    return parts
 
 
 def objection(implementation: Implementation, dtype=None, facts: Mapping[str, int] | None = None) -> str | None:
@@ -289,15 +302,8 @@ def check_implementations(impl: str) -> None:
 
     A name without an op stands for all ops that have one of that name.
     """
-    for part in impl.split(","):
-        op, equals, name = part.rpartition("=")
-        if equals and op not in IMPLEMENTATIONS:
-            raise InputError(f"there is no op called {op!r}; there are {', '.join(IMPLEMENTATIONS)}")
-        tables = [IMPLEMENTATIONS[op]] if equals else IMPLEMENTATIONS.values()
-        names = {"auto"}.union(*tables)
-        if name not in names:
-            raise InputError(f"implementation {name!r} is not in this jaxllm; there are {', '.join(sorted(names))}")
-        for table in tables:
+    for op, name in _parts(impl):
+        for table in [IMPLEMENTATIONS[op]] if op else IMPLEMENTATIONS.values():
             reason = objection(table[name]) if name in table else None
             if reason:
                 raise InputError(f"implementation {name!r} cannot be used here: {reason}; choose another, or auto")

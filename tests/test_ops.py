@@ -119,12 +119,13 @@ def test_a_kernel_is_differentiated_and_batched_as_the_specification(own):
         ("xla,rms_norm=fast", "fast"),
         ("rms_norm=fast,xla", "fast"),
         ("xla,rms_norm=auto", "fast"),
-        ("triton", "fast"),  # the op has none of that name
+        ("mine", "fast"),  # this op has none of that name
     ],
 )
 def test_who_is_chosen(monkeypatch, impl, expected):
     table = {name: Implementation(reference.rms_norm) for name in ("fast", "xla")}
     monkeypatch.setitem(IMPLEMENTATIONS, "rms_norm", table)
+    monkeypatch.setitem(IMPLEMENTATIONS["swiglu"], "mine", Implementation(reference.swiglu))
     assert choose("rms_norm", impl, jnp.float32, {}) is table[expected]
 
 
@@ -192,6 +193,8 @@ def test_kernels_without_a_gpu_are_refused_by_name():
 def test_names_that_do_not_exist(impl, message):
     with pytest.raises(InputError, match=message):
         check_implementations(impl)
+    with pytest.raises(InputError, match=message):
+        forward(init_params(CONFIG, jax.random.key(0)), replace(CONFIG, impl=impl), jnp.array([[1]]))
 
 
 def test_the_setting_is_not_stored():
