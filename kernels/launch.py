@@ -1,7 +1,10 @@
 """How a Triton kernel is called from jax: the one place that needs jax_triton, which only GPU machines have."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import triton
 
 
 def launch(
@@ -32,3 +35,12 @@ def launch(
         num_stages=num_stages,
         **constants,
     )
+
+
+def row_tile(rows: int, width: int) -> tuple[int, int, int]:
+    """For a kernel that holds whole rows: how many rows a program takes, the columns of its tile, and its warps."""
+    block = triton.next_power_of_2(width)
+    tall = math.gcd(rows, max(1, 2048 // block))  # divides rows, so that rows need no mask
+    few = rows // tall < 256  # programs that do not fill a GPU: more threads for each
+    warps = tall * block // (32 * (8 if few else 16))
+    return tall, block, min(32, max(1, warps))

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxllm.kernels import reference
 from jaxllm.kernels.launch import launch
 from jaxllm.kernels.rms_norm import rms_norm
 
-GROUP = tl.constexpr(128)  # inputs that share a scale, where a weight's scales are not one an output channel
+GROUP = tl.constexpr(reference.GROUP)
 FEW_ROWS = 16  # up to here the time goes into reading the weights, and a norm may be fused
 
 

@@ -1,21 +1,10 @@
 """RMSNorm as a Triton kernel, with and without the residual that is added before it."""
 
-import math
-
 import jax
 import triton
 import triton.language as tl
 
-from jaxllm.kernels.launch import launch
-
-
-def _tile(rows, width):
-    """How many rows a program takes, the columns of its tile, and its number of warps."""
-    block = triton.next_power_of_2(width)
-    tall = math.gcd(rows, max(1, 2048 // block))  # divides rows, so that rows need no mask
-    few = rows // tall < 256  # programs that do not fill a GPU: more threads for each
-    warps = tall * block // (32 * (8 if few else 16))
-    return tall, block, min(32, max(1, warps))
+from jaxllm.kernels.launch import launch, row_tile
 
 
 @triton.jit
@@ -64,7 +53,7 @@ def add_rms_norm(x, delta, weight, eps):
 
 def _launch(kernel, x, *arrays, out, eps):
     width = x.shape[-1]
-    rows, block, warps = _tile(x.size // width, width)
+    rows, block, warps = row_tile(x.size // width, width)
     return launch(
         kernel,
         x,

@@ -4,9 +4,10 @@ import jax
 import triton
 import triton.language as tl
 
+from jaxllm.kernels import reference
 from jaxllm.kernels.launch import launch
 
-TINY = tl.constexpr(1e-37)  # the smallest scale of an int8 token: that of jaxllm.quantize
+TINY = tl.constexpr(reference.TINY)
 TILE = 4096  # elements of q that a program rotates, at most
 
 

@@ -1,27 +1,14 @@
 """Softmax over the last axis as a Triton kernel: rows that fit into registers are read once, longer ones twice."""
 
-import math
-
 import jax
 import triton
 import triton.language as tl
 
-from jaxllm.kernels.launch import launch
+from jaxllm.kernels.launch import launch, row_tile
 
 HELD = 32768  # columns that a program holds in registers: 32 a thread, of 1024 threads
 PIECE = 8192  # columns that it takes at a time of a longer row
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; a maximum that starts there is never -inf
-
-
-def _tile(rows, width):
-    """How many rows a program takes, the columns of its tile, and its number of warps."""
-    if width > HELD:
-        return 1, PIECE, 32
-    block = triton.next_power_of_2(width)
-    tall = math.gcd(rows, max(1, 2048 // block))  # divides rows, so that rows need no mask
-    few = rows // tall < 256  # programs that do not fill a GPU: more threads for each
-    warps = tall * block // (32 * (8 if few else 16))
-    return tall, block, min(32, max(1, warps))
 
 
 @triton.jit
@@ -59,7 +46,7 @@ def _streamed(x, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def softmax(x):
     """exp(x) over its sum along the last axis of x [..., n]; in x's type.  A row of -inf alone gives NaN."""
     width = x.shape[-1]
-    rows, block, warps = _tile(x.size // width, width)
+    rows, block, warps = row_tile(x.size // width, width) if width <= HELD else (1, PIECE, 32)
     constants = {"SIZE": width, "BLOCK": block}
     if width <= HELD:
         constants["ROWS"] = rows

@@ -29,40 +29,40 @@ MODELS = {80: "tinyllama-1.1b", 86: "llama2-7b", 89: "llama2-70b", 90: "llama2-7
 def calls(name):
     """(name, op, arguments, options) of the calls that a released model makes, as shapes."""
     array = jax.ShapeDtypeStruct
-    if c := preset(name):
-        for rows, dtype in [(1, "bfloat16"), (1, "float32"), (4, "bfloat16"), (128, "bfloat16"), (2048, "bfloat16")]:
-            x = array((1, rows, c.dim), dtype)
-            norm, h = array((c.dim,), dtype), array((1, rows, c.ffn_dim), dtype)
-            yield f"{name} rms_norm {rows}", "rms_norm", (x, norm), dict(eps=1e-5)
-            yield f"{name} add_rms_norm {rows}", "add_rms_norm", (x, x, norm), dict(eps=1e-5)
-            yield f"{name} swiglu {rows}", "swiglu", (array((1, rows, 2, c.ffn_dim), dtype),), {}
-            gate_up, down = (2, c.ffn_dim, c.dim), (c.dim, c.ffn_dim)
+    c = preset(name)
+    for rows, dtype in [(1, "bfloat16"), (1, "float32"), (4, "bfloat16"), (128, "bfloat16"), (2048, "bfloat16")]:
+        x = array((1, rows, c.dim), dtype)
+        norm, h = array((c.dim,), dtype), array((1, rows, c.ffn_dim), dtype)
+        yield f"{name} rms_norm {rows}", "rms_norm", (x, norm), dict(eps=1e-5)
+        yield f"{name} add_rms_norm {rows}", "add_rms_norm", (x, x, norm), dict(eps=1e-5)
+        yield f"{name} swiglu {rows}", "swiglu", (array((1, rows, 2, c.ffn_dim), dtype),), {}
+        gate_up, down = (2, c.ffn_dim, c.dim), (c.dim, c.ffn_dim)
+        yield (
+            f"{name} gate_up {rows} {dtype}", "matmul", (x, array(gate_up, dtype)),
+            dict(gated=True, dtype=jnp.dtype(dtype), norm=norm, eps=1e-5),
+        )  # fmt: skip
+        more = dict(residual=x, dtype=jnp.dtype(dtype))
+        yield f"{name} down {rows} {dtype}", "matmul", (h, array(down, dtype)), more
+        for groups in (), (-(-c.ffn_dim // 128),):
+            scale = array((c.dim, *groups), "float32")
+            yield f"{name} int8 down {rows} {dtype} {groups}", "int8_matmul", (h, array(down, "int8"), scale), more
+        yield (
+            f"{name} w8a8 {rows}", "w8a8_matmul",
+            (array(h.shape, "int8"), array((1, rows), "float32"), array(down, "int8"), array((c.dim,), "float32")),
+            more,
+        )  # fmt: skip
+        k, g, slots = c.n_kv_heads, c.group, 4096
+        angles, positions = array((1, rows, c.head_dim // 2), "float32"), array((1, rows), "int32")
+        qkv = array((1, rows, k, g + 2, c.head_dim), dtype)
+        for kind in dtype, "int8":
+            cache = array((1, k, slots, c.head_dim), kind)
+            scales = (array((1, k, slots), "float32"),) * 2 if kind == "int8" else ()
             yield (
-                f"{name} gate_up {rows} {dtype}", "matmul", (x, array(gate_up, dtype)),
-                dict(gated=True, dtype=jnp.dtype(dtype), norm=norm, eps=1e-5),
+                f"{name} rope_store {rows} {kind}", "rope_store",
+                (qkv, angles, angles, positions, cache, cache, *scales), {},
             )  # fmt: skip
-            more = dict(residual=x, dtype=jnp.dtype(dtype))
-            yield f"{name} down {rows} {dtype}", "matmul", (h, array(down, dtype)), more
-            for groups in (), (-(-c.ffn_dim // 128),):
-                scale = array((c.dim, *groups), "float32")
-                yield f"{name} int8 down {rows} {dtype} {groups}", "int8_matmul", (h, array(down, "int8"), scale), more
-            yield (
-                f"{name} w8a8 {rows}", "w8a8_matmul",
-                (array(h.shape, "int8"), array((1, rows), "float32"), array(down, "int8"), array((c.dim,), "float32")),
-                more,
-            )  # fmt: skip
-            k, g, slots = c.n_kv_heads, c.group, 4096
-            angles, positions = array((1, rows, c.head_dim // 2), "float32"), array((1, rows), "int32")
-            qkv = array((1, rows, k, g + 2, c.head_dim), dtype)
-            for kind in dtype, "int8":
-                cache = array((1, k, slots, c.head_dim), kind)
-                scales = (array((1, k, slots), "float32"),) * 2 if kind == "int8" else ()
-                yield (
-                    f"{name} rope_store {rows} {kind}", "rope_store",
-                    (qkv, angles, angles, positions, cache, cache, *scales), {},
-                )  # fmt: skip
-                q = array((1, rows, k, g, c.head_dim), dtype)
-                yield f"{name} attention {rows} {kind}", "attention", (q, cache, cache, positions, *scales), {}
+            q = array((1, rows, k, g, c.head_dim), dtype)
+            yield f"{name} attention {rows} {kind}", "attention", (q, cache, cache, positions, *scales), {}
     for size in 32000, 128256:
         yield f"softmax {size}", "softmax", (array((1, size), "float32"),), {}
 
