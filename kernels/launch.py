@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.extend
 import triton
 
 
@@ -35,6 +37,12 @@ def launch(
         num_stages=num_stages,
         **constants,
     )
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may have on JAX's default device, or on any that there is a kernel for."""
+    capability = getattr(jax.extend.backend.get_default_device(), "compute_capability", None)
+    return {"8.0": 163, "9.0": 227, "10.0": 227}.get(capability, 99) << 10
 
 
 def row_tile(rows: int, width: int) -> tuple[int, int, int]:

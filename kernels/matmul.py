@@ -5,19 +5,19 @@ on, a program makes a tile of the result with `tl.dot`.  Weights are the left op
 come from registers, which is where int8 weights are converted.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
 from jaxllm.kernels import reference
-from jaxllm.kernels.launch import launch
+from jaxllm.kernels.launch import launch, shared_memory
 from jaxllm.kernels.rms_norm import rms_norm
 
 GROUP = tl.constexpr(reference.GROUP)
-FEW_ROWS = 16  # up to here the time goes into reading the weights, and a norm may be fused
+FEW_ROWS = 16  # up to here the time goes into reading the weights alone
+PROGRAMS = 396  # that a GPU should have at least: 3 for each of an H100's 132 multiprocessors
+JOINED = 512  # outputs that a program adds up, where sums were split
 
 
 # One row.  A thread owns a chunk of a row of weights, the 16 bytes of one load, and the inputs that go with it.
@@ -85,23 +85,27 @@ def _products(acc, w, x, dtype: tl.constexpr, PER_WORD: tl.constexpr):
 
 @triton.jit
 def _add_block(
-    acc, w, x, norm, factor, scale, row, number,
+    acc, squares, w, x, norm, scale, row, number,
     dtype: tl.constexpr, IN: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, PER_WORD: tl.constexpr,
     SCALES: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the products of block number of the weights with its inputs, times the scales of their groups if any."""
+    """acc plus the products of block number of the weights with its inputs, times the scales of their groups if any.
+
+    With NORM the inputs are multiplied by it, and their squares are added to squares [CHUNKS].
+    """
     values = _load_chunks(x, number, IN, C, CHUNKS, MASKED)
     if NORM:
-        values = values * factor * _load_chunks(norm, number, IN, C, CHUNKS, MASKED)
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+        squares += tl.sum((values * values).reshape(CHUNKS, C), axis=1)
+        values *= _load_chunks(norm, number, IN, C, CHUNKS, MASKED)
     if SCALES > 1:
         group = (number * CHUNKS + tl.arange(0, CHUNKS)) * C // GROUP
         scales = _load(scale + row[:, None] * SCALES, group[None, :], SCALES, MASKED, "").to(tl.float32)
         products = _products(tl.zeros_like(acc), w, values, dtype, PER_WORD)
         products = products.reshape(acc.shape[0], CHUNKS, C // PER_WORD) * scales[:, :, None]
-        return acc + products.reshape(acc.shape[0], acc.shape[1])
+        acc += products.reshape(acc.shape[0], acc.shape[1])
     else:
-        return _products(acc, w, values, dtype, PER_WORD)
+        acc = _products(acc, w, values, dtype, PER_WORD)
+    return acc, squares
 
 
 @triton.jit
@@ -131,35 +135,32 @@ def _one_row(
     row_of_w = (w + row * IN_WORDS)[:, None]
     at = tl.arange(0, WORDS)[None, :]
 
-    # a block of weights is always on its way: the first during the norm's pass over x, the next during the products
+    # a block of weights is always on its way.  The root mean square of x divides the sums at last: it is known then,
+    # without a pass over x in front
     block = _load(row_of_w, at, IN_WORDS, TAIL and BLOCKS == 1, "evict_first")
-    factor = 1.0
-    if NORM:
-        squares = tl.zeros((CHUNKS * C,), tl.float32)
-        for number in range(BLOCKS):
-            values = _load_chunks(x, number, IN, C, CHUNKS, TAIL)
-            squares += values * values
-        factor = tl.rsqrt(tl.sum(squares) / IN + eps)
     acc = tl.zeros((ROWS, WORDS), tl.float32)
+    squares = tl.zeros((CHUNKS,), tl.float32)
     for number in range(BLOCKS - 2):
         following = _load(row_of_w, (number + 1) * WORDS + at, IN_WORDS, False, "evict_first")
-        acc = _add_block(
-            acc, block, x, norm, factor, scale, row, number, dtype, IN, C, CHUNKS, PER_WORD, SCALES, NORM, False
+        acc, squares = _add_block(
+            acc, squares, block, x, norm, scale, row, number, dtype, IN, C, CHUNKS, PER_WORD, SCALES, NORM, False
         )
         block = following
     if BLOCKS > 1:
         following = _load(row_of_w, (BLOCKS - 1) * WORDS + at, IN_WORDS, TAIL, "evict_first")
-        acc = _add_block(
-            acc, block, x, norm, factor, scale, row, BLOCKS - 2, dtype, IN, C, CHUNKS, PER_WORD, SCALES, NORM, False
+        acc, squares = _add_block(
+            acc, squares, block, x, norm, scale, row, BLOCKS - 2, dtype, IN, C, CHUNKS, PER_WORD, SCALES, NORM, False
         )
         block = following
-    acc = _add_block(
-        acc, block, x, norm, factor, scale, row, BLOCKS - 1, dtype, IN, C, CHUNKS, PER_WORD, SCALES, NORM, TAIL
+    acc, squares = _add_block(
+        acc, squares, block, x, norm, scale, row, BLOCKS - 1, dtype, IN, C, CHUNKS, PER_WORD, SCALES, NORM, TAIL
     )
 
     result = tl.sum(acc, axis=1)
     if SCALES == 1:
         result *= tl.load(scale + row).to(tl.float32)
+    if NORM:
+        result *= tl.rsqrt(tl.sum(squares) / IN + eps)
     if SWIGLU:
         gate, up = result.reshape(ROWS // 2, 2).split()
         result = gate * tl.sigmoid(gate) * up
@@ -172,169 +173,207 @@ def _one_row(
 # From two rows on.
 
 
+# v is bf16(0x4300 | its low seven bits) - bf16(0x4300 | its sign bit): 128 + v or 256 + v, less 128 or 256, exactly
+INT8_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 low, high, a, b, c, d, one;
+    mov.b32 one, 0x3f803f80;
+    prmt.b32 low, $2, 0, 0x4140;
+    prmt.b32 high, $2, 0, 0x4342;
+    lop3.b32 a, low, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 b, low, 0x00800080, 0xc300c300, 0xea;
+    lop3.b32 c, high, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 d, high, 0x00800080, 0xc300c300, 0xea;
+    fma.rn.bf16x2 $0, a, one, b;
+    fma.rn.bf16x2 $1, c, one, d;
+}""")
+
+
 @triton.jit
 def _as_operand(w, dtype: tl.constexpr):
     """A tile of weights in the type of the inputs, into which int8 goes exactly."""
+    if w.dtype == tl.int8 and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(INT8_TO_BFLOAT16, "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
     if w.dtype == tl.int8 and dtype != tl.int8:
         w = _byte(w.to(tl.int32), 0, 0)
     return w.to(dtype)
 
 
 @triton.jit
-def _load_inputs(row_of_x, at, inside, IN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr):
-    """[BLOCK_IN, BLOCK_ROWS] of the rows at row_of_x [BLOCK_ROWS]."""
-    if MASKED:
-        return tl.load(row_of_x[None, :] + at[:, None], mask=(at < IN)[:, None] & inside[None, :], other=0)
-    elif RAGGED:
-        return tl.load(row_of_x[None, :] + at[:, None], mask=inside[None, :], other=0)
-    else:
-        return tl.load(row_of_x[None, :] + at[:, None])
-
-
-@triton.jit
-def _add_tile(
-    acc, row_of_w, row_of_scale, inputs, start,
-    IN: tl.constexpr, SCALES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc plus w [BLOCK_OUT, BLOCK_IN] times inputs [BLOCK_IN, BLOCK_ROWS], times the scale of their group if any."""
-    at = start + tl.arange(0, inputs.shape[0])
-    w = _as_operand(_load(row_of_w[:, None], at[None, :], IN, MASKED, ""), inputs.dtype)
-    if SCALES > 1:
-        scale = tl.load(row_of_scale + start // GROUP).to(tl.float32)
-        return acc + tl.dot(w, inputs, input_precision=PRECISION, out_dtype=acc.dtype) * scale[:, None]
-    else:
-        return tl.dot(w, inputs, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _scaled(acc, x_scale, row_of_scale, inside, X_SCALE: tl.constexpr, SCALES: tl.constexpr):
-    """A tile of sums in float32, times the scales of its rows of x and of w, where these have one each."""
+def _scaled(acc, x_scale, scale, row, row_of_w, X_SCALE: tl.constexpr, SCALES: tl.constexpr):
+    """Sums in float32, times the scales of their rows of x and of w where these have one each."""
     result = acc.to(tl.float32)
     if X_SCALE:
-        result *= tl.load(x_scale, mask=inside, other=0).to(tl.float32)[None, :]
+        result *= tl.load(x_scale + row).to(tl.float32)
     if SCALES == 1:
-        result *= tl.load(row_of_scale).to(tl.float32)[:, None]
+        result *= tl.load(scale + row_of_w).to(tl.float32)
     return result
 
 
 @triton.jit
 def _tile(
-    x, x_scale, w, scale, norm, residual, out, eps,
+    x, x_scale, w, scale, residual, out,
     R: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    SCALES: tl.constexpr, X_SCALE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALES: tl.constexpr, X_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, SPLITS: tl.constexpr,
+    BAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x [R, IN] times w [OUT, IN], or w [2, OUT, IN] with SWIGLU, and what is fused with it."""
+    """x [R, IN] times w [OUT, IN], or w [2, OUT, IN] with SWIGLU, and what is fused with it.
+
+    With SPLITS > 1 each program sums over a part of IN, and out gets the bare sums, [SPLITS, 1 or 2, R, OUT].
+    """
+    PARTS: tl.constexpr = 2 if SWIGLU else 1
     # programs that run at the same time share inputs and weights in L2: they take a band of the result, BAND tiles wide
     ROW_TILES: tl.constexpr = (R + BLOCK_ROWS - 1) // BLOCK_ROWS
-    OUT_TILES: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    band = tl.program_id(0) // (BAND * ROW_TILES)
-    place = tl.program_id(0) % (BAND * ROW_TILES)
+    OUT_TILES: tl.constexpr = (OUT * PARTS + BLOCK_OUT - 1) // BLOCK_OUT
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    band = tile // (BAND * ROW_TILES)
+    place = tile % (BAND * ROW_TILES)
     wide = tl.minimum(OUT_TILES - band * BAND, BAND)
     column = (band * BAND + place % wide) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = place // wide * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_of_w = column
+    if SWIGLU:
+        # eight rows of the gate and eight of up take turns: a thread then holds both sums that belong together
+        part = column // 8 % 2
+        column = column // 16 * 8 + column % 8
+        row_of_w = part * OUT + column
 
     MASKED: tl.constexpr = IN % BLOCK_IN != 0
     RAGGED: tl.constexpr = R % BLOCK_ROWS != 0
-    inside = row < R
-    row_of_x = x + row.to(tl.int64) * IN
-    row_of_w = w + tl.minimum(column, OUT - 1).to(tl.int64) * IN
-    row_of_scale = scale + tl.minimum(column, OUT - 1).to(tl.int64) * SCALES
-    factor = 1.0
-    if NORM:
-        squares = tl.zeros((BLOCK_IN, BLOCK_ROWS), tl.float32)
-        for start in range(0, IN, BLOCK_IN):
-            at = start + tl.arange(0, BLOCK_IN)
-            inputs = _load_inputs(row_of_x, at, inside, IN, RAGGED, MASKED).to(tl.float32)
-            squares += inputs * inputs
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)[None, :]
-
+    SHARE: tl.constexpr = (IN + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
+    inputs_of = x + row.to(tl.int64)[None, :] * IN
+    row_of_w = tl.minimum(row_of_w, OUT * PARTS - 1)
+    weights_of = w + row_of_w.to(tl.int64)[:, None] * IN
     sum_type: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), sum_type)
-    if SWIGLU:
-        up = tl.zeros((BLOCK_OUT, BLOCK_ROWS), sum_type)
-    for start in range(0, IN, BLOCK_IN):
+    begin = split * SHARE
+    for start in range(begin, tl.minimum(begin + SHARE, IN), BLOCK_IN):
         at = start + tl.arange(0, BLOCK_IN)
-        inputs = _load_inputs(row_of_x, at, inside, IN, RAGGED, MASKED)
-        if NORM:
-            normed = inputs.to(tl.float32) * factor * _load(norm, at, IN, MASKED, "").to(tl.float32)[:, None]
-            inputs = normed.to(inputs.dtype)
-        acc = _add_tile(acc, row_of_w, row_of_scale, inputs, start, IN, SCALES, MASKED, PRECISION)
-        if SWIGLU:
-            second = row_of_w + OUT * IN
-            up = _add_tile(up, second, row_of_scale + OUT * SCALES, inputs, start, IN, SCALES, MASKED, PRECISION)
+        if MASKED:
+            inputs = tl.load(inputs_of + at[:, None], mask=(at < IN)[:, None] & (row < R)[None, :], other=0)
+        elif RAGGED:
+            inputs = tl.load(inputs_of + at[:, None], mask=(row < R)[None, :], other=0)
+        else:
+            inputs = tl.load(inputs_of + at[:, None])
+        weights = _as_operand(_load(weights_of, at[None, :], IN, MASKED, ""), inputs.dtype)
+        if SCALES > 1:
+            of_group = tl.load(scale + row_of_w.to(tl.int64) * SCALES + start // GROUP).to(tl.float32)
+            acc += tl.dot(weights, inputs, input_precision=PRECISION, out_dtype=sum_type) * of_group[:, None]
+        else:
+            acc = tl.dot(weights, inputs, acc, input_precision=PRECISION, out_dtype=sum_type)
 
-    result = _scaled(acc, x_scale + row, row_of_scale, inside, X_SCALE, SCALES)
+    row, column, row_of_w = row[None, :], column[:, None], row_of_w[:, None]
+    if SPLITS == 1:
+        inside = (column < OUT) & (row < R)
+        result = _scaled(acc, x_scale, scale, tl.minimum(row, R - 1), row_of_w, X_SCALE, SCALES)
+        if SWIGLU:
+            HALF: tl.constexpr = BLOCK_OUT // 2
+            gate, up = result.reshape(HALF // 8, 2, 8, BLOCK_ROWS).permute(0, 2, 3, 1).split()
+            result = (gate * tl.sigmoid(gate) * up).reshape(HALF, BLOCK_ROWS)
+            column = (band * BAND + place % wide) * HALF + tl.arange(0, HALF)[:, None]
+            inside = (column < OUT) & (row < R)
+        at = row.to(tl.int64) * OUT + column
+        if RESIDUAL:
+            result += tl.load(residual + at, mask=inside).to(tl.float32)
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        at = row.to(tl.int64) * OUT + column + split.to(tl.int64) * (PARTS * R * OUT)
+        if SWIGLU:
+            at += part[:, None] * (R * OUT)
+        tl.store(out + at, acc, mask=(column < OUT) & (row < R))
+
+
+@triton.jit
+def _join(
+    sums, x_scale, scale, residual, out,
+    R: tl.constexpr, OUT: tl.constexpr, SPLITS: tl.constexpr,
+    SCALES: tl.constexpr, X_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The bare sums of `_tile` added up, and what is fused with it."""
+    BLOCKS: tl.constexpr = (OUT + BLOCK - 1) // BLOCK
+    PARTS: tl.constexpr = 2 if SWIGLU else 1
+    row = tl.program_id(0) // BLOCKS
+    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = column < OUT
+    at = row.to(tl.int64) * OUT + column
+    acc = tl.load(sums + at, mask=inside, other=0)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(sums + split * (PARTS * R * OUT) + at, mask=inside, other=0)
+    result = _scaled(acc, x_scale, scale, row, tl.minimum(column, OUT - 1), X_SCALE, SCALES)
     if SWIGLU:
-        up = _scaled(up, x_scale + row, row_of_scale + OUT, inside, X_SCALE, SCALES)
+        acc = tl.load(sums + R * OUT + at, mask=inside, other=0)
+        for split in tl.static_range(1, SPLITS):
+            acc += tl.load(sums + (split * PARTS + 1) * (R * OUT) + at, mask=inside, other=0)
+        up = _scaled(acc, x_scale, scale, row, tl.minimum(column, OUT - 1) + OUT, X_SCALE, SCALES)
         result = result * tl.sigmoid(result) * up
-    inside = (column < OUT)[:, None] & inside[None, :]
-    place = row.to(tl.int64)[None, :] * OUT + column[:, None]
     if RESIDUAL:
-        result += tl.load(residual + place, mask=inside).to(tl.float32)
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        result += tl.load(residual + at, mask=inside).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def one_row_blocks(outputs, inputs, dtype, x_dtype):
     """How the kernel for one row is cut: a program's rows of w, and the chunks of 16 bytes of a row at a time."""
     chunks = triton.next_power_of_2(triton.cdiv(inputs * dtype.itemsize, 16))
-    # more rows share the work on the inputs, as long as the programs still fill the GPU
-    rows = 8 if outputs >= 8192 * dtype.itemsize else 4
-    # an int8 chunk stands against 16 inputs, which as float32 are as many registers
-    most = 64 if dtype == jnp.int8 and x_dtype == jnp.float32 else 128
+    # an int8 chunk stands against 16 inputs, which as float32 are as many registers; more rows share the work on them
+    rows = 4 if dtype == jnp.int8 else 2
+    most = 64 if dtype == jnp.int8 and x_dtype == jnp.float32 else 256
     return {"ROWS": rows, "CHUNKS": min(most, max(32, chunks)), "num_warps": 4}
 
 
-def tile_blocks(rows, outputs, inputs, x_dtype, w_dtype, gated, grouped):
-    """How the kernel for several rows is cut.  Shared memory stays below the 99 KB of consumer cards."""
+def tile_blocks(rows, outputs, inputs, x_dtype, w_dtype, grouped, memory):
+    """How the kernel for several rows is cut: memory is the shared memory that a program may have, in bytes."""
     if x_dtype == jnp.float32:
         # no tensor cores: every product is an instruction
-        size = {"BLOCK_OUT": 32 if gated else 64, "BLOCK_ROWS": 16 if rows <= 16 else 64, "BLOCK_IN": 32}
-        return size | {"num_warps": 4, "num_stages": 3}
+        return {"BLOCK_OUT": 64, "BLOCK_ROWS": 16 if rows <= 16 else 64, "BLOCK_IN": 32, "SPLITS": 1} | {
+            "num_warps": 4, "num_stages": 3,
+        }  # fmt: skip
     stages = 2 if w_dtype == jnp.float32 else 3  # the tiles of which are large
-    if rows <= FEW_ROWS:
-        # as tall as leaves some programs to every multiprocessor: each of them reads all of x
-        tall = min(64, max(16, triton.next_power_of_2(outputs // 512)))
-        tall = max(16, tall // 2) if gated else tall
-        # at most 512 bytes of a row of w at a time, and 24 KB of w and x, of which several are on their way
-        column_bytes = tall * (2 if gated else 1) * w_dtype.itemsize + 16 * x_dtype.itemsize
-        wide = min(512 // w_dtype.itemsize, triton.next_power_of_2(24 * 1024 // column_bytes + 1) // 2)
-        wide = 128 if grouped else max(128, math.gcd(inputs, wide))  # without a mask, where that can be
-        size = {"BLOCK_OUT": tall, "BLOCK_ROWS": 16, "BLOCK_IN": wide}
-        return size | {"num_warps": 2 if tall == 16 else 4, "num_stages": stages + 1}
     if rows <= 128:
-        size = {"BLOCK_OUT": 32 if gated or outputs <= 4096 else 64, "BLOCK_ROWS": 32 if rows <= 32 else 64}
-        return size | {"BLOCK_IN": 128, "num_warps": 4, "num_stages": stages}
-    size = {"BLOCK_OUT": 64 if gated else 128, "BLOCK_ROWS": 128, "BLOCK_IN": 64 if x_dtype != jnp.int8 else 128}
+        size = {"BLOCK_OUT": 64, "BLOCK_ROWS": 16 if rows <= FEW_ROWS else 32 if rows <= 32 else 64, "BLOCK_IN": 128}
+        tiles = triton.cdiv(outputs, size["BLOCK_OUT"]) * triton.cdiv(rows, size["BLOCK_ROWS"])
+        size["SPLITS"] = max(1, min(PROGRAMS // tiles, triton.cdiv(inputs, 8 * size["BLOCK_IN"])))
+        return size | {"num_warps": 2 if rows <= FEW_ROWS else 4, "num_stages": stages}
+    size = {"BLOCK_OUT": 128, "BLOCK_ROWS": 128, "BLOCK_IN": 64 if x_dtype != jnp.int8 else 128, "SPLITS": 1}
+    if x_dtype != jnp.int8 and memory >= 192 << 10:
+        size["BLOCK_ROWS"] = 256
     return size | {"num_warps": 8, "num_stages": stages}
 
 
-def _launch_tiles(x, x_scale, w, scale, norm, eps, residual, gated, out):
-    rows, outputs = x.size // x.shape[-1], w.size // w.shape[-1] // (2 if gated else 1)
-    blocks = tile_blocks(rows, outputs, x.shape[-1], x.dtype, w.dtype, gated, _scales(w, scale) > 1)
+def _launch_tiles(x, x_scale, w, scale, residual, gated, out):
+    rows, outputs = x.size // x.shape[-1], w.size // w.shape[-1]
+    blocks = tile_blocks(rows, outputs, x.shape[-1], x.dtype, w.dtype, _scales(w, scale) > 1, shared_memory())
     tiles = triton.cdiv(outputs, blocks["BLOCK_OUT"]) * triton.cdiv(rows, blocks["BLOCK_ROWS"])
-    return launch(
+    splits = blocks["SPLITS"]
+    sums = jax.ShapeDtypeStruct((splits, rows, outputs), jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+    fused = [x if array is None else array for array in (x_scale, scale, residual)]
+    flags = {
+        "R": rows,
+        "OUT": outputs // (2 if gated else 1),
+        "SCALES": _scales(w, scale),
+        "X_SCALE": x_scale is not None,
+        "RESIDUAL": residual is not None,
+        "SWIGLU": gated,
+    }
+    made = launch(
         _tile,
         x,
-        x if x_scale is None else x_scale,
+        fused[0],
         w,
-        *(x if array is None else array for array in (scale, norm, residual)),
-        out=out,
-        grid=(tiles,),
-        eps=eps,
-        R=rows,
+        *fused[1:],
+        out=out if splits == 1 else sums,
+        grid=(tiles * splits,),
         IN=x.shape[-1],
-        OUT=outputs,
-        SCALES=_scales(w, scale),
-        X_SCALE=x_scale is not None,
-        NORM=norm is not None,
-        RESIDUAL=residual is not None,
-        SWIGLU=gated,
         BAND=8,
         PRECISION="ieee",
+        **flags,
         **blocks,
     )
+    if splits == 1:
+        return made
+    block = min(JOINED, triton.next_power_of_2(flags["OUT"]))
+    grid = (rows * triton.cdiv(flags["OUT"], block),)
+    return launch(_join, made, *fused, out=out, grid=grid, SPLITS=splits, BLOCK=block, **flags)
 
 
 def _scales(w, scale):
@@ -349,12 +388,11 @@ def matmul(x, w, scale=None, norm=None, eps=0.0, residual=None, gated=False, dty
     norm [in], x is first replaced by its RMSNorm with eps.  With gated, w is [2, F, in], and the result is
     silu(gate) * up [..., F].  residual is added to the result, in its shape.  Sums are in float32.
     """
-    rows = math.prod(x.shape[:-1])
-    if norm is not None and rows > FEW_ROWS:
-        x, norm = rms_norm(x, norm, eps), None  # every program would have to read whole rows
     out = _result(x, w, gated, dtype)
-    if rows > 1:
-        return _launch_tiles(x, None, w, scale, norm, eps, residual, gated, out)
+    if x.size > x.shape[-1]:
+        if norm is not None:
+            x = rms_norm(x, norm, eps)  # every program would have to read whole rows
+        return _launch_tiles(x, None, w, scale, residual, gated, out)
     blocks = one_row_blocks(w.size // w.shape[-1], x.shape[-1], w.dtype, x.dtype)
     return launch(
         _one_row,
@@ -380,7 +418,7 @@ def w8a8_matmul(x, x_scale, w, scale, residual=None, gated=False, dtype=jnp.floa
 
     Sums are in int32, then multiplied by x_scale [...] and scale [*out]; residual and gated as in `matmul`.
     """
-    return _launch_tiles(x, x_scale, w, scale, None, 0.0, residual, gated, _result(x, w, gated, dtype))
+    return _launch_tiles(x, x_scale, w, scale, residual, gated, _result(x, w, gated, dtype))
 
 
 def _result(x, w, gated, dtype):
