@@ -218,7 +218,7 @@ def _block(layer, config, x, positions, cos, sin, slots):
         v = qkv[..., config.group + 1, :].swapaxes(1, 2)
     else:
         q, k, v = ops.rope_store(qkv, cos, sin, positions, *slots, config.impl)
-    attended = ops.attention(q, k, v, positions, config.impl)
+    attended = ops.attention(q, k, v, positions, config.impl, fresh=slots is None)
     x = matmul(attended.reshape(*x.shape[:2], -1), layer.wo, residual=x)
 
     h = matmul(x, layer.w_gate_up, norm=layer.ffn_norm, gated=True)  # [B, T, F]

@@ -8,6 +8,7 @@ call.  `python -m jaxllm.ops` prints the tables.  To add an implementation of yo
     config = dataclasses.replace(config, impl="rms_norm=mine")
 """
 
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,9 @@ class Implementation:
     function takes the arguments of the op's specification in `jaxllm.kernels.reference`, or is "module:name" of one
     that is imported when it is first called.  It runs on platform (jax's name; None: on all), on GPUs from a compute
     capability on, where packages are installed; dtypes are those of the first argument, and limits the other facts of
-    a call, by name (None and nothing: all).  One that is not differentiable is differentiated and batched through
-    the specification.
+    a call, by name (None and nothing: all).  auto lists the calls for which it was measured to be the fastest, each
+    as allowed facts, of which "dtype" is one (None: all that it supports).  One that is not differentiable is
+    differentiated and batched through the specification.
     """
 
     function: Callable | str
@@ -42,6 +44,7 @@ class Implementation:
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] | None = None
     limits: Mapping[str, Collection] = field(default_factory=dict)
+    auto: tuple[Mapping[str, Collection], ...] | None = None
     differentiable: bool = True
 
 
@@ -54,55 +57,61 @@ def _triton(function, **more):
 
 
 HEAD_DIMS = (64, 80, 96, 128)
+HALF = ("bfloat16", "float16")
+WIDE = 2**18  # the widest row of logits
 
 # op -> implementation, in the order in which "auto" tries them.  "xla" is the specification: it runs everywhere and is
-# differentiable, but for the rounding of activations in front of w8a8_matmul.
+# differentiable, but for the rounding of activations in front of w8a8_matmul.  On GPUs it multiplies by cuBLAS.
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "rms_norm": {
-        "xla": Implementation(reference.rms_norm),
         "triton": _triton("rms_norm:rms_norm", limits={"width": range(1, 16385)}),
+        "xla": Implementation(reference.rms_norm),
     },
     "add_rms_norm": {
-        "xla": Implementation(reference.add_rms_norm),
         "triton": _triton("rms_norm:add_rms_norm", limits={"width": range(1, 16385)}),
+        "xla": Implementation(reference.add_rms_norm),
     },
     "softmax": {
+        "triton": _triton("softmax:softmax", limits={"width": range(1, WIDE + 1)}),
         "xla": Implementation(reference.softmax),
-        "triton": _triton("softmax:softmax", limits={"width": range(1, 2**18 + 1)}),
     },
     "swiglu": {
-        "xla": Implementation(reference.swiglu),
         "triton": _triton("swiglu:swiglu"),
+        "xla": Implementation(reference.swiglu),
     },
     "rope": {
-        "xla": Implementation(reference.rope),
         "triton": _triton("rope:rope"),
+        "xla": Implementation(reference.rope),
     },
     "rope_store": {
-        "xla": Implementation(reference.rope_store),
         "triton": _triton("rope:rope_store"),
+        "xla": Implementation(reference.rope_store),
     },
     "attention": {
-        "xla": Implementation(reference.attention),
+        "cudnn": Implementation(
+            "jaxllm.kernels.cudnn:attention", "gpu", (8, 0), dtypes=HALF,
+            limits={"fresh": (True,), "head_dim": range(8, 129, 8)},
+        ),
         "triton": _triton("attention:attention", limits={"head_dim": HEAD_DIMS}),
+        "xla": Implementation(reference.attention),
     },
     "matmul": {
+        "triton": _triton("matmul:matmul", auto=({"rows": (1,)}, {"dtype": HALF, "rows": range(1, 129)})),
         "xla": Implementation(reference.matmul),
-        "triton": _triton("matmul:matmul"),
     },
     "int8_matmul": {
+        "triton": _triton("matmul:matmul", auto=({"rows": (1,)}, {"dtype": HALF, "rows": range(1, 513)})),
         "xla": Implementation(reference.int8_matmul),
-        "triton": _triton("matmul:matmul"),
     },
     "w8a8_matmul": {
-        "xla": Implementation(reference.w8a8_matmul),
         "triton": _triton("matmul:w8a8_matmul", dtypes=("int8",)),
+        "xla": Implementation(reference.w8a8_matmul),
     },
     "restrict": {
+        "triton": _triton("sample:restrict", dtypes=("float32",), limits={"width": range(1, WIDE + 1)}),
         "xla": Implementation(reference.restrict),
-        "triton": _triton("sample:restrict", dtypes=("float32",), limits={"width": range(1, 2**18 + 1)}),
     },
-}
+}  # fmt: skip
 
 
 def rms_norm(x, weight, eps, impl="auto"):
@@ -144,9 +153,12 @@ def rope_store(qkv, cos, sin, positions, k: Array, v: Array, impl="auto"):
     return _call("rope_store", impl, facts, {}, qkv, cos, sin, positions, k, v)
 
 
-def attention(q, k: Array, v: Array, positions, impl="auto"):
-    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H], float or int8; in q's type."""
-    facts = {"head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2]}
+def attention(q, k: Array, v: Array, positions, impl="auto", fresh=False):
+    """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H], float or int8; in q's type.
+
+    fresh says that k and v are of these tokens alone: float, with S = T and positions 0 to T-1 in every row.
+    """
+    facts = {"head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2], "fresh": fresh}
     if isinstance(k, QTensor):
         return _call("attention", impl, facts, {}, q, k.values, v.values, positions, k.scale, v.scale)
     return _call("attention", impl, facts, {}, q, k, v, positions)
@@ -243,7 +255,16 @@ def choose(op: str, impl: str, dtype, facts: Mapping[str, int]) -> Implementatio
         if reason:
             raise InputError(f"{op}: {name} cannot do this: {reason}; choose another, or auto")
         return IMPLEMENTATIONS[op][name]
-    return next(each for each in IMPLEMENTATIONS[op].values() if not objection(each, dtype, facts))
+    facts = {**facts, "dtype": jnp.dtype(dtype).name}
+    return next(
+        each for each in IMPLEMENTATIONS[op].values() if not objection(each, dtype, facts) and _first(each, facts)
+    )
+
+
+def _first(implementation, facts):
+    """Whether auto takes an implementation for a call that it supports."""
+    regions = implementation.auto
+    return regions is None or any(all(facts[fact] in allowed for fact, allowed in region.items()) for region in regions)
 
 
 def _wanted(impl, op):
@@ -281,6 +302,8 @@ def objection(implementation: Implementation, dtype=None, facts: Mapping[str, in
             old = " (it needs Python 3.12)" if sys.version_info < (3, 12) else ""
             return f"it needs the package {package}, which is not installed{old}"
     if implementation.capability > (0, 0):
+        if not re.fullmatch(r"\d+\.\d+", device.compute_capability):
+            return f"it needs an NVIDIA GPU, and JAX's default device is {device.device_kind}"
         capability = tuple(map(int, device.compute_capability.split(".")))
         if capability < implementation.capability:
             least = ".".join(map(str, implementation.capability))
@@ -294,7 +317,9 @@ def objection(implementation: Implementation, dtype=None, facts: Mapping[str, in
 
 
 def _allowed(values):
-    return f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
+    if not isinstance(values, range):
+        return ", ".join(map(str, values))
+    return f"{values[0]} to {values[-1]}" + (f" in steps of {values.step}" if values.step > 1 else "")
 
 
 def check_implementations(impl: str) -> None:
@@ -316,8 +341,11 @@ def _supports(implementation):
         parts[0] += f" from compute capability {'.'.join(map(str, implementation.capability))}"
     if implementation.dtypes:
         parts.append(" ".join(implementation.dtypes))
-    parts += [f"{fact} {_allowed(values)}" for fact, values in implementation.limits.items()]
-    return "; ".join(parts)
+    return "; ".join([*parts, *_facts(implementation.limits)])
+
+
+def _facts(allowed):
+    return [f"{fact} {_allowed(values)}" for fact, values in allowed.items()]
 
 
 def main(argv=None):
@@ -328,10 +356,14 @@ def main(argv=None):
         taken = False
         for name, implementation in table.items():
             reason = objection(implementation)
-            here = reason or (
-                "auto comes to the ones above first" if taken else "auto takes it where it supports the call"
+            calls = implementation.auto
+            where = (
+                "where it supports the call"
+                if calls is None
+                else " and ".join(f"for {', '.join(_facts(call))}" for call in calls)
             )
-            taken |= not reason and not implementation.limits and implementation.dtypes is None
+            here = reason or ("auto comes to the ones above first" if taken else f"auto takes it {where}")
+            taken |= not reason and not implementation.limits and implementation.dtypes is None and calls is None
             print(f"  {name:<8} {_supports(implementation)}\n           {here}")
 
 

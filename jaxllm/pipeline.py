@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import ops
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.model import KVCache, Params, hidden_states, init_cache, logits
 from jaxllm.sampling import Sampling, sample
 
 CHUNK = 8  # tokens a decode call: enough to hide the host's work, few enough that text streams smoothly
-PIECE = 512  # tokens a prefill call at most: bounds the attention scores, [B, N, PIECE, S] float32
+PIECE = 512  # tokens of a row that a prefill call takes at most: bounds the attention scores, [B, N, PIECE, S] float32
+TOKENS = 2048  # of all rows, where no such scores are stored: enough to keep a GPU's tensor cores busy
 LEAST = 128  # slots of the smallest cache
 SMALLEST = 16  # tokens of the smallest prefill call: below it, padding costs less than another compilation
 
@@ -157,7 +159,7 @@ def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
     lengths = np.array([len(prompt) for prompt in prompts])
     slots = cache_slots(prompts, limits, room)
     state = init_state(config, len(prompts), slots)
-    for tokens, counts in _pieces(prompts, lengths, slots):
+    for tokens, counts in _pieces(prompts, lengths, slots, largest_piece(config, len(prompts))):
         state, token = prefill(params, config, state, tokens, counts, sampling)
 
     eos = np.array(sorted(eos_ids), np.int32)
@@ -184,11 +186,19 @@ def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
         waiting = following
 
 
-def _pieces(prompts, lengths, slots):
+def largest_piece(config: ModelConfig, batch: int) -> int:
+    """How many tokens of each row a call of `prefill` takes at most."""
+    facts = {"head_dim": config.head_dim, "tokens": PIECE, "slots": config.max_len, "fresh": False}
+    chosen = ops.choose("attention", config.impl, config.dtype, facts)
+    stores_scores = chosen is ops.IMPLEMENTATIONS["attention"]["xla"]
+    return PIECE if stores_scores else max(PIECE, TOKENS >> (batch - 1).bit_length())
+
+
+def _pieces(prompts, lengths, slots, most):
     """Cut right-padded prompts into calls of `prefill`: (tokens [B, T], real lengths [B]), T from a few buckets."""
-    for start in range(0, int(lengths.max()), PIECE):
-        left = np.clip(lengths - start, 0, PIECE)
-        tokens = np.zeros((len(prompts), bucket(int(left.max()), SMALLEST, min(PIECE, slots))), np.int32)
+    for start in range(0, int(lengths.max()), most):
+        left = np.clip(lengths - start, 0, most)
+        tokens = np.zeros((len(prompts), bucket(int(left.max()), SMALLEST, min(most, slots))), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : left[row]] = prompt[start : start + left[row]]
         yield tokens, left.astype(np.int32)

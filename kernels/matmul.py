@@ -1,8 +1,10 @@
 """Products with a weight matrix as Triton kernels: one row, few rows and many rows of inputs; float and int8 weights.
 
 With one row of inputs a weight is read for a single product, so that kernel is built around its loads.  From two rows
-on, a program makes a tile of the result with `tl.dot`.  Weights are the left operand there: on Hopper only that one may
-come from registers, which is where int8 weights are converted.
+on, a program makes a tile of the result with `tl.dot`.  Weights are the right operand there: the left one, if it were
+converted from int8, would come from registers on Hopper, where ptxas before 13.3 lets it change too early (Triton's
+issue 9433).  For the same reason tiles that Hopper multiplies by whole warp groups have a single one, of four warps:
+Triton up to 3.8 does not keep two of them together (issue 11047).
 """
 
 import jax
@@ -16,7 +18,7 @@ from jaxllm.kernels.rms_norm import rms_norm
 
 GROUP = tl.constexpr(reference.GROUP)
 FEW_ROWS = 16  # up to here the time goes into reading the weights alone
-PROGRAMS = 396  # that a GPU should have at least: 3 for each of an H100's 132 multiprocessors
+PROGRAMS = 264  # that a GPU should have at least: 2 for each of an H100's 132 multiprocessors
 JOINED = 512  # outputs that a program adds up, where sums were split
 
 
@@ -242,36 +244,36 @@ def _tile(
     MASKED: tl.constexpr = IN % BLOCK_IN != 0
     RAGGED: tl.constexpr = R % BLOCK_ROWS != 0
     SHARE: tl.constexpr = (IN + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
-    inputs_of = x + row.to(tl.int64)[None, :] * IN
+    inputs_of = x + row.to(tl.int64)[:, None] * IN
     row_of_w = tl.minimum(row_of_w, OUT * PARTS - 1)
     weights_of = w + row_of_w.to(tl.int64)[:, None] * IN
     sum_type: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
-    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), sum_type)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), sum_type)
     begin = split * SHARE
     for start in range(begin, tl.minimum(begin + SHARE, IN), BLOCK_IN):
-        at = start + tl.arange(0, BLOCK_IN)
+        at = start + tl.arange(0, BLOCK_IN)[None, :]
         if MASKED:
-            inputs = tl.load(inputs_of + at[:, None], mask=(at < IN)[:, None] & (row < R)[None, :], other=0)
+            inputs = tl.load(inputs_of + at, mask=(at < IN) & (row < R)[:, None], other=0)
         elif RAGGED:
-            inputs = tl.load(inputs_of + at[:, None], mask=(row < R)[None, :], other=0)
+            inputs = tl.load(inputs_of + at, mask=(row < R)[:, None], other=0)
         else:
-            inputs = tl.load(inputs_of + at[:, None])
-        weights = _as_operand(_load(weights_of, at[None, :], IN, MASKED, ""), inputs.dtype)
+            inputs = tl.load(inputs_of + at)
+        weights = _as_operand(_load(weights_of, at, IN, MASKED, ""), inputs.dtype).T
         if SCALES > 1:
             of_group = tl.load(scale + row_of_w.to(tl.int64) * SCALES + start // GROUP).to(tl.float32)
-            acc += tl.dot(weights, inputs, input_precision=PRECISION, out_dtype=sum_type) * of_group[:, None]
+            acc += tl.dot(inputs, weights, input_precision=PRECISION, out_dtype=sum_type) * of_group[None, :]
         else:
-            acc = tl.dot(weights, inputs, acc, input_precision=PRECISION, out_dtype=sum_type)
+            acc = tl.dot(inputs, weights, acc, input_precision=PRECISION, out_dtype=sum_type)
 
-    row, column, row_of_w = row[None, :], column[:, None], row_of_w[:, None]
+    row, column, row_of_w = row[:, None], column[None, :], row_of_w[None, :]
     if SPLITS == 1:
         inside = (column < OUT) & (row < R)
         result = _scaled(acc, x_scale, scale, tl.minimum(row, R - 1), row_of_w, X_SCALE, SCALES)
         if SWIGLU:
             HALF: tl.constexpr = BLOCK_OUT // 2
-            gate, up = result.reshape(HALF // 8, 2, 8, BLOCK_ROWS).permute(0, 2, 3, 1).split()
-            result = (gate * tl.sigmoid(gate) * up).reshape(HALF, BLOCK_ROWS)
-            column = (band * BAND + place % wide) * HALF + tl.arange(0, HALF)[:, None]
+            gate, up = result.reshape(BLOCK_ROWS, HALF // 8, 2, 8).permute(0, 1, 3, 2).split()
+            result = (gate * tl.sigmoid(gate) * up).reshape(BLOCK_ROWS, HALF)
+            column = (band * BAND + place % wide) * HALF + tl.arange(0, HALF)[None, :]
             inside = (column < OUT) & (row < R)
         at = row.to(tl.int64) * OUT + column
         if RESIDUAL:
@@ -280,7 +282,7 @@ def _tile(
     else:
         at = row.to(tl.int64) * OUT + column + split.to(tl.int64) * (PARTS * R * OUT)
         if SWIGLU:
-            at += part[:, None] * (R * OUT)
+            at += part[None, :] * (R * OUT)
         tl.store(out + at, acc, mask=(column < OUT) & (row < R))
 
 
@@ -328,16 +330,21 @@ def tile_blocks(rows, outputs, inputs, x_dtype, w_dtype, grouped, memory):
         return {"BLOCK_OUT": 64, "BLOCK_ROWS": 16 if rows <= 16 else 64, "BLOCK_IN": 32, "SPLITS": 1} | {
             "num_warps": 4, "num_stages": 3,
         }  # fmt: skip
+    floats, converted = x_dtype != jnp.int8, w_dtype == jnp.int8 != x_dtype
     stages = 2 if w_dtype == jnp.float32 else 3  # the tiles of which are large
-    if rows <= 128:
-        size = {"BLOCK_OUT": 64, "BLOCK_ROWS": 16 if rows <= FEW_ROWS else 32 if rows <= 32 else 64, "BLOCK_IN": 128}
-        tiles = triton.cdiv(outputs, size["BLOCK_OUT"]) * triton.cdiv(rows, size["BLOCK_ROWS"])
-        size["SPLITS"] = max(1, min(PROGRAMS // tiles, triton.cdiv(inputs, 8 * size["BLOCK_IN"])))
-        return size | {"num_warps": 2 if rows <= FEW_ROWS else 4, "num_stages": stages}
-    size = {"BLOCK_OUT": 128, "BLOCK_ROWS": 128, "BLOCK_IN": 64 if x_dtype != jnp.int8 else 128, "SPLITS": 1}
-    if x_dtype != jnp.int8 and memory >= 192 << 10:
-        size["BLOCK_ROWS"] = 256
-    return size | {"num_warps": 8, "num_stages": stages}
+    if rows <= 64:
+        tall = 16 if rows <= FEW_ROWS else 32 if rows <= 32 else 64
+        wide = 128 if converted and tall == 64 and memory > 192 << 10 else 64
+        more = 1 if stages == 3 and wide == 64 and (tall < 64 or memory > 128 << 10) else 0
+        size = {"BLOCK_OUT": wide, "BLOCK_ROWS": tall, "BLOCK_IN": 128, "num_stages": stages + more}
+    elif rows <= 128 or converted:
+        large = rows > 128 and not grouped and memory > 192 << 10
+        size = {"BLOCK_OUT": 64, "BLOCK_ROWS": 256 if large else 128, "BLOCK_IN": 64 if floats else 128}
+    else:
+        size = {"BLOCK_OUT": 128, "BLOCK_ROWS": 128, "BLOCK_IN": 64 if floats else 128}
+    tiles = triton.cdiv(outputs, size["BLOCK_OUT"]) * triton.cdiv(rows, size["BLOCK_ROWS"])
+    splits = max(1, min(PROGRAMS // tiles, triton.cdiv(inputs, 8 * size["BLOCK_IN"])))
+    return {"SPLITS": splits, "num_warps": 4, "num_stages": stages} | size
 
 
 def _launch_tiles(x, x_scale, w, scale, residual, gated, out):

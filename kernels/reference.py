@@ -13,19 +13,23 @@ GROUP = 128  # inputs that share a scale, where a weight's scales are not one an
 LEVELS = 127  # -128 is left out: the grid is symmetric, and a negated weight quantizes to the negated values
 TINY = 1e-37  # the smallest scale; below it weights that matter are denormal numbers, which XLA takes for 0
 FEW_ROWS = 8  # up to here a CPU takes longer to convert a weight than to multiply by it
+MANY_ROWS = 512  # above, a GPU is faster when it converts a weight first and leaves the product to cuBLAS
 
 
-def einsum(spec, a, b):
-    """The einsum of a and b, of one type, with products and sums in float32."""
+def einsum(spec, a, b, dtype=jnp.float32):
+    """The einsum of a and b, of one type, with products and sums in float32; the result in dtype."""
 
-    def multiply(a, b):
-        return jnp.einsum(spec, a, b, precision=EXACT, preferred_element_type=jnp.float32)
+    def multiply(a, b, dtype=dtype):
+        return jnp.einsum(spec, a, b, precision=EXACT, preferred_element_type=dtype)
 
     if a.dtype == jnp.float32:
-        return multiply(a, b)
+        return multiply(a, b, jnp.float32).astype(dtype)
     # XLA's CPU backend has no product of bfloat16 that sums in float32; on GPUs that is what tensor cores do
     return jax.lax.platform_dependent(
-        a, b, cpu=lambda a, b: multiply(a.astype(jnp.float32), b.astype(jnp.float32)), default=multiply
+        a,
+        b,
+        cpu=lambda a, b: multiply(a.astype(jnp.float32), b.astype(jnp.float32), jnp.float32).astype(dtype),
+        default=multiply,
     )
 
 
@@ -53,7 +57,7 @@ def matmul(x, w, norm=None, residual=None, eps=0.0, gated=False, dtype=jnp.float
     With norm [in], rms_norm(x, norm, eps) takes the place of x.  With gated, w is [2, F, in] and what is returned is
     swiglu of the product, [..., F].  residual [..., *out] is added at last.
     """
-    return _finish(_product(_normed(x, norm, eps), w), residual, gated, dtype)
+    return _finish(_product(_normed(x, norm, eps), w, dtype), residual, gated, dtype)
 
 
 def _normed(x, norm, eps):
@@ -67,8 +71,8 @@ def _finish(product, residual, gated, dtype):
     return product if residual is None else residual.astype(dtype) + product
 
 
-def _product(x, w):
-    """x [..., in] times w [*out, in] transposed: float32 [..., *out]."""
+def _product(x, w, dtype=jnp.float32):
+    """x [..., in] times w [*out, in] transposed: [..., *out] in dtype, or in float32 for few rows."""
     rows = x.reshape(-1, x.shape[-1])
     # seen as a matrix: of a w with several output axes XLA would make a transposed copy
     matrix = w.reshape(-1, w.shape[-1])
@@ -78,12 +82,12 @@ def _product(x, w):
     elif len(rows) <= FEW_ROWS:
         out = jax.lax.platform_dependent(rows, matrix, cpu=jax.vmap(_multiply_sum, in_axes=(0, None)), default=_dot)
     else:
-        out = _dot(rows, matrix)
+        out = _dot(rows, matrix, dtype)
     return out.reshape(*x.shape[:-1], *w.shape[:-1])
 
 
-def _dot(rows, matrix):
-    return einsum("ri,oi->ro", rows, matrix.astype(rows.dtype))
+def _dot(rows, matrix, dtype=jnp.float32):
+    return einsum("ri,oi->ro", rows, matrix.astype(rows.dtype), dtype)
 
 
 def _multiply_sum(row, matrix):
@@ -103,8 +107,14 @@ def int8_matmul(x, values, scale, norm=None, residual=None, eps=0.0, gated=False
     x = _normed(x, norm, eps)
     # ties the weight to x: in a decode loop XLA would else convert all weights once, before the loop, and keep them
     x, values = jax.lax.optimization_barrier((x, values))
-    product = _product(x, values) * scale if scale.ndim < values.ndim else _product(x, dequantize(values, scale))
-    return _finish(product, residual, gated, dtype)
+    grouped, sums = scale.ndim == values.ndim, jnp.float32
+    weights = dequantize(values, scale) if grouped else values
+    if x.size > MANY_ROWS * x.shape[-1]:
+        weights = jax.lax.optimization_barrier(weights.astype(x.dtype))
+        if x.dtype == dtype == jnp.bfloat16:
+            sums = dtype  # half the bytes of float32; a number that its scale is still missing of fits there too
+    product = _product(x, weights, sums)
+    return _finish(product if grouped else product * scale, residual, gated, dtype)
 
 
 def dequantize(values, scale):
