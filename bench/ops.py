@@ -26,6 +26,7 @@ from jaxllm.config import preset
 from jaxllm.kernels.reference import GROUP
 
 TRAFFIC = 1 << 30  # bytes that one program reads, from arrays of its own for each call: much more than an L2 holds
+ROWS = (4, 16, 64, 128, 512, 2048)
 PROGRAMS = 5
 REPEATS = 5
 
@@ -65,6 +66,7 @@ def maker(*shapes):
 
 
 def matmul_cases(names):
+    """One row of all matrices of a model; several rows of the largest two, of the first model that is named."""
     for name in names:
         config = preset(name)
         qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
@@ -72,12 +74,12 @@ def matmul_cases(names):
             "wqkv": (qkv, config.dim), "wo": (config.dim, config.n_heads * config.head_dim),
             "w_gate_up": (2 * config.ffn_dim, config.dim), "w_down": (config.dim, config.ffn_dim),
         }  # fmt: skip
-        for rows in 1, 4, 16, 64, 128, 2048:
-            for kind in "float32", "bfloat16", "int8", "int8-g128", "w8a8":
-                if kind == "float32" and rows > 1:
-                    continue
-                for matrix, (out, width) in matrices.items():
-                    yield matmul_case(f"{name} {matrix} {kind} {rows}", rows, out, width, kind)
+        for matrix, (out, width) in matrices.items():
+            for kind in "float32", "bfloat16", "int8", "int8-g128":
+                yield matmul_case(f"{name} {matrix} {kind}", 1, out, width, kind)
+            for rows in ROWS if name == names[0] and "w_" in matrix else ():
+                for kind in "bfloat16", "int8", "w8a8":
+                    yield matmul_case(f"{name} {matrix} {kind}", rows, out, width, kind)
 
 
 def matmul_case(name, rows, out, width, kind):
@@ -94,7 +96,7 @@ def matmul_case(name, rows, out, width, kind):
     ceiling = "read" if rows <= 256 else "int8" if kind == "w8a8" else "bfloat16"
     call = implementation_call(op, dtype=jnp.dtype(dtype))
     return Case(
-        f"matmul-{rows}", name, op, maker(*shapes), call, nbytes(*shapes), nbytes(((rows, out), dtype)),
+        f"matmul-{rows}", f"{name} {rows}", op, maker(*shapes), call, nbytes(*shapes), nbytes(((rows, out), dtype)),
         2 * rows * out * width, ceiling,
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ def cudnn_attention(q, k, v, positions):
 def attention_cases():
     for heads, group in (32, 1), (8, 8):
         for batch in 1, 16:
-            for slots in 1024, 8192, 65536:
+            for slots in (1024, 8192, 65536) if batch == 1 else (1024, 8192):
                 for kind in "bfloat16", "int8":
                     yield attention_case(
                         f"decode B{batch} S{slots} K{heads} G{group} {kind}", batch, 1, slots, heads, group, kind
@@ -284,7 +286,7 @@ def main():
     parser.add_argument(
         "--only", nargs="+", default=groups, metavar="GROUP", help=f"beginnings of {', '.join(groups)}-N"
     )
-    parser.add_argument("--preset", nargs="+", default=["tinyllama-1.1b", "llama2-7b", "llama2-70b"])
+    parser.add_argument("--preset", nargs="+", default=["llama2-7b", "tinyllama-1.1b", "llama2-70b"])
     parser.add_argument("--impl", nargs="+", default=["xla", "triton", "cudnn"])
     args = parser.parse_args()
     if jax.default_backend() != "gpu":

@@ -86,9 +86,21 @@ def test_attention_is_the_reference(cache):
 def test_one_split_and_many_agree(monkeypatch):
     module = attention.__globals__
     arguments, want = case(2, 2, 2, 2, 64, 400, [397, 100], "float32", "")
+    blocks = module["blocks"]
     for programs in (1, 8, 24, 10**6):  # 1, 2, 6 splits, and as many as there are blocks
-        monkeypatch.setitem(module, "PROGRAMS", programs)
+        monkeypatch.setitem(module, "blocks", lambda *call, programs=programs: blocks(*call) | {"PROGRAMS": programs})
         assert relative(attention(*arguments), want) < 1e-5
+
+
+@pytest.mark.parametrize("cache", ["", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("H", [64, 80])
+def test_one_query(H, dtype, cache, monkeypatch):
+    module = attention.__globals__
+    arguments, want = case(2, 1, 2, 1, H, 130, [0, 121], dtype, cache)
+    for programs in (1, 12):  # 1 and 3 splits
+        monkeypatch.setitem(module, "ONE_QUERY_PROGRAMS", programs)
+        assert relative(attention(*arguments), want) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("T, S", [(1, 300), (FEW_ROWS + 7, 150)])
