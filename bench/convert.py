@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.config import preset
-from jaxllm.convert import meta, pth
+from jaxllm.convert import checkpoint, pth
 
 TOKENIZER = Path(__file__).parent.parent / "tests" / "data" / "llama1-fp16-1shard" / "tokenizer.model"
 VOCABULARY = 512  # pieces of that tokenizer
@@ -111,7 +111,7 @@ def main():
 def run(folder, layers):
     """Write, convert, report: the exit status."""
     # bfloat16: a block where it is mapped, and joined; int8 besides: its weights, rounded and clipped, all in float32
-    predicted = {"float": STARTED + 2 * 2 * meta.BLOCK, "int8": STARTED + (2 * 2 + 3 * 4) * meta.BLOCK}
+    predicted = {"float": STARTED + 2 * 2 * checkpoint.BLOCK, "int8": STARTED + (2 * 2 + 3 * 4) * checkpoint.BLOCK}
     for kind, peak in predicted.items():
         print(f"predicted: {kind} {peak / 1e6:.0f} MB of private memory, whatever the checkpoint's size")
 

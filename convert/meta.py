@@ -8,42 +8,31 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from jaxllm.config import DTYPES, ModelConfig, RopeScaling
 from jaxllm.convert import pth
+from jaxllm.convert.checkpoint import Checkpoint, equal, model_weights
 from jaxllm.errors import ModelError
-from jaxllm.loader import TOKENIZER, Weight
+from jaxllm.loader import TOKENIZER
 
-BLOCK = 16 << 20  # elements read and written at a time, so that memory does not grow with the model
-
-# name in a layer -> the axis on which the shards are to be joined (None: every shard has the whole)
+# name in a layer -> its name in `model_weights`, and the axis on which the shards are to be joined (None: every shard
+# has the whole)
 _LAYER = {
-    "attention_norm.weight": None,
-    "attention.wq.weight": 0,
-    "attention.wk.weight": 0,
-    "attention.wv.weight": 0,
-    "attention.wo.weight": 1,
-    "ffn_norm.weight": None,
-    "feed_forward.w1.weight": 0,
-    "feed_forward.w2.weight": 1,
-    "feed_forward.w3.weight": 0,
+    "attention_norm.weight": ("attn_norm", None),
+    "attention.wq.weight": ("q", 0),
+    "attention.wk.weight": ("k", 0),
+    "attention.wv.weight": ("v", 0),
+    "attention.wo.weight": ("o", 1),
+    "ffn_norm.weight": ("ffn_norm", None),
+    "feed_forward.w1.weight": ("gate", 0),
+    "feed_forward.w2.weight": ("down", 1),
+    "feed_forward.w3.weight": ("up", 0),
 }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint opened for conversion: nothing of its weights was read yet."""
-
-    config: ModelConfig
-    weights: dict[str, Weight]
-    tokenizer_file: Path
 
 
 @dataclass(frozen=True)
@@ -75,12 +64,6 @@ class Sharded:
             with suppress(AttributeError):  # on Windows
                 piece.base.madvise(mmap.MADV_DONTNEED)
         return rows
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All rows, a bounded number at a time."""
-        step = max(1, BLOCK // max(1, int(np.prod(self.shape[1:]))))
-        for start in range(0, self.shape[0], step):
-            yield self.rows(start, min(start + step, self.shape[0]))
 
 
 def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str | None = None) -> Checkpoint:
@@ -172,7 +155,7 @@ def _join(source, settings, shards):
     # LLaMA 1 and 2 split the embedding's columns, LLaMA 3 its rows
     axes["tok_embeddings.weight"] = 0 if columns == (dim,) else 1
     for i in range(n_layers):
-        axes |= {f"layers.{i}.{name}": axis for name, axis in _LAYER.items()}
+        axes |= {f"layers.{i}.{name}": axis for name, (_, axis) in _LAYER.items()}
     tied = "output.weight" not in shards[0][1]
     if tied:
         del axes["output.weight"]
@@ -224,7 +207,7 @@ def _join(source, settings, shards):
             )
     assert kv_rows == n_kv_heads * head_dim
     # LLaMA 3.2's small models ship the output matrix, although it is the embedding again
-    tied = tied or _equal(tensors["tok_embeddings.weight"], tensors["output.weight"])
+    tied = tied or equal(tensors["tok_embeddings.weight"], tensors["output.weight"])
     config = dict(
         vocab_size=vocab_size,
         dim=dim,
@@ -277,13 +260,6 @@ def _rope_scaling(settings):
     return vars(RopeScaling(factor=float(factor)))
 
 
-def _equal(a, b):
-    return a.shape == b.shape and all(
-        x.dtype == y.dtype and np.array_equal(x.view(np.uint8), y.view(np.uint8))
-        for x, y in zip(a.blocks(), b.blocks(), strict=True)
-    )
-
-
 def _find_tokenizer(source):
     for folder in (source, source.parent):
         if os.path.isfile(folder / TOKENIZER):
@@ -293,48 +269,9 @@ def _find_tokenizer(source):
 
 def _weights(config, tensors):
     """Every weight of the model folder, built from Meta's tensors as it is written."""
-
-    def plain(name):
-        return Weight(tensors[name].shape, tensors[name].blocks)
-
-    weights = {"embed": plain("tok_embeddings.weight")}
-    for i in range(config.n_layers):
-        part = {name: tensors[f"layers.{i}.{name}"] for name in _LAYER}
-        weights |= {
-            f"layers.{i}.attn_norm": plain(f"layers.{i}.attention_norm.weight"),
-            f"layers.{i}.wqkv": Weight(
-                (config.n_kv_heads, config.group + 2, config.head_dim, config.dim),
-                partial(_qkv_blocks, config, *(part[f"attention.{n}.weight"] for n in ("wq", "wk", "wv"))),
-            ),
-            f"layers.{i}.wo": plain(f"layers.{i}.attention.wo.weight"),
-            f"layers.{i}.ffn_norm": plain(f"layers.{i}.ffn_norm.weight"),
-            f"layers.{i}.w_gate_up": Weight(
-                (2, config.ffn_dim, config.dim),
-                partial(_chain, part["feed_forward.w1.weight"], part["feed_forward.w3.weight"]),
-            ),
-            f"layers.{i}.w_down": plain(f"layers.{i}.feed_forward.w2.weight"),
-        }
-    weights["norm"] = plain("norm.weight")
+    named = {"embed": tensors["tok_embeddings.weight"], "norm": tensors["norm.weight"]}
     if not config.tied:
-        weights["output"] = plain("output.weight")
-    return weights
-
-
-def _chain(*tensors):
-    for tensor in tensors:
-        yield from tensor.blocks()
-
-
-def _qkv_blocks(config, wq, wk, wv):
-    """For each kv head its query heads, then k, then v: the rows of wqkv."""
-    size = config.head_dim
-    for head in range(config.n_kv_heads):
-        q = wq.rows(head * config.group * size, (head + 1) * config.group * size)
-        k = wk.rows(head * size, (head + 1) * size)
-        v = wv.rows(head * size, (head + 1) * size)
-        yield np.concatenate([_half_split(q, size), _half_split(k, size), v])
-
-
-def _half_split(rows, head_dim):
-    """Reorder each head's rows from Meta's adjacent RoPE pairs (2i, 2i + 1) to pairs (i, i + H/2)."""
-    return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+        named["output"] = tensors["output.weight"]
+    for i in range(config.n_layers):
+        named |= {f"layers.{i}.{ours}": tensors[f"layers.{i}.{theirs}"] for theirs, (ours, _) in _LAYER.items()}
+    return model_weights(config, named, adjacent_pairs=True)

@@ -39,6 +39,8 @@ class ModelConfig:
 
     vocab_size V, dim D, n_layers L, n_heads N, n_kv_heads K (it divides N: N is MHA, 1 is MQA, between is GQA),
     head_dim H (even), ffn_dim F; max_len is the context that the model was trained for, in tokens.
+    attention_bias: q, k and v have biases; qk_norm: each head of q and k is normed before it is rotated; with a
+    sliding_window a token sees itself and sliding_window - 1 before it, and else all before it.
     dtype is the type of activations and cache, and of the float weights that are made or stored for this model;
     kv_cache="int8" makes the cache int8, with a scale for each row, kv head and slot.  impl names the implementations
     of the ops that run the model (`ops.check_implementations`); it is a setting of a run, and not stored.
@@ -57,6 +59,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
     dtype: str = "bfloat16"
     kv_cache: str | None = None
     impl: str = "auto"
@@ -72,8 +77,11 @@ class ModelConfig:
             raise ModelError(f"config has head_dim={self.head_dim}; RoPE rotates pairs, so it must be even")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ModelError(f"config has rope_scaling={self.rope_scaling!r}; it must be a RopeScaling or None")
-        if not isinstance(self.tied, bool):
-            raise ModelError(f"config has tied={self.tied!r}; it must be true or false")
+        for name in ("tied", "attention_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelError(f"config has {name}={getattr(self, name)!r}; it must be true or false")
+        if self.sliding_window is not None:
+            _require_positive("config", "sliding_window", self.sliding_window, whole=True)
         if self.dtype not in DTYPES:
             raise ModelError(f"config has dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.kv_cache not in KV_CACHES:

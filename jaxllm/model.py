@@ -30,7 +30,8 @@ class Layer:
     """One transformer block.  Fused weights keep their parts apart, so that tensor parallelism splits a plain axis.
 
     attn_norm [D]; wqkv [K, G+2, H, D], for each kv head its G query heads, then k, then v; wo [D, N*H];
-    ffn_norm [D]; w_gate_up [2, F, D]; w_down [D, F].
+    ffn_norm [D]; w_gate_up [2, F, D]; w_down [D, F].  Some families have more: qkv_bias [K, G+2, H], and the norms of
+    each head of q and k, q_norm and k_norm [H].
     """
 
     attn_norm: jax.Array
@@ -39,6 +40,9 @@ class Layer:
     ffn_norm: jax.Array
     w_gate_up: Array
     w_down: Array
+    qkv_bias: jax.Array | None = None
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +85,8 @@ def abstract_params(config: ModelConfig, quantize: str | None = None, keep_float
         if quantize is None:
             raise InputError(f"{name!r} is to be kept float, but nothing is quantized; say what to quantize to")
 
-    def norm():
-        return jax.ShapeDtypeStruct((config.dim,), config.dtype)
+    def norm(width=config.dim):
+        return jax.ShapeDtypeStruct((width,), config.dtype)
 
     def weight(name, *shape):
         scheme = matrix_scheme(name, quantize, keep_float)
@@ -93,13 +97,17 @@ def abstract_params(config: ModelConfig, quantize: str | None = None, keep_float
         return QTensor(jax.ShapeDtypeStruct(shape, jnp.int8), scale, int8_inputs=scheme == "w8a8")
 
     def layer():
+        heads = (config.n_kv_heads, config.group + 2, config.head_dim)
         return Layer(
             attn_norm=norm(),
-            wqkv=weight("wqkv", config.n_kv_heads, config.group + 2, config.head_dim, config.dim),
+            wqkv=weight("wqkv", *heads, config.dim),
             wo=weight("wo", config.dim, config.n_heads * config.head_dim),
             ffn_norm=norm(),
             w_gate_up=weight("w_gate_up", 2, config.ffn_dim, config.dim),
             w_down=weight("w_down", config.dim, config.ffn_dim),
+            qkv_bias=jax.ShapeDtypeStruct(heads, config.dtype) if config.attention_bias else None,
+            q_norm=norm(config.head_dim) if config.qk_norm else None,
+            k_norm=norm(config.head_dim) if config.qk_norm else None,
         )
 
     return Params(
@@ -139,7 +147,9 @@ def init_params(config: ModelConfig, key) -> Params:
     arrays = []
     for (path, leaf), subkey in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
         name = path[-1].name
-        if len(leaf.shape) == 1:
+        if name == "qkv_bias":
+            arrays.append(jnp.zeros(leaf.shape, leaf.dtype))
+        elif len(leaf.shape) == 1:
             arrays.append(jnp.ones(leaf.shape, leaf.dtype))
         else:
             deviation = 0.02 / math.sqrt(2 * config.n_layers) if name in ("wo", "w_down") else 0.02
@@ -212,13 +222,20 @@ def _block(layer, config, x, positions, cos, sin, slots):
     """One layer: x [B, T, D] in, x and this layer's k and v [B, K, S, H] out."""
     matmul = partial(ops.matmul, eps=config.norm_eps, dtype=x.dtype, impl=config.impl)
     qkv = matmul(x, layer.wqkv, norm=layer.attn_norm)  # [B, T, K, G+2, H]
+    if layer.qkv_bias is not None:
+        qkv = qkv + layer.qkv_bias
+    if layer.q_norm is not None:
+        q, k, v = jnp.split(qkv, [config.group, config.group + 1], axis=-2)
+        q = ops.rms_norm(q, layer.q_norm, config.norm_eps, config.impl)
+        k = ops.rms_norm(k, layer.k_norm, config.norm_eps, config.impl)
+        qkv = jnp.concatenate([q, k, v], axis=-2)
     if slots is None:
         q = ops.rope(qkv[..., : config.group, :], cos, sin, config.impl)
         k = ops.rope(qkv[..., config.group, :], cos, sin, config.impl).swapaxes(1, 2)
         v = qkv[..., config.group + 1, :].swapaxes(1, 2)
     else:
         q, k, v = ops.rope_store(qkv, cos, sin, positions, *slots, config.impl)
-    attended = ops.attention(q, k, v, positions, config.impl, fresh=slots is None)
+    attended = ops.attention(q, k, v, positions, config.impl, config.sliding_window)
     x = matmul(attended.reshape(*x.shape[:2], -1), layer.wo, residual=x)
 
     h = matmul(x, layer.w_gate_up, norm=layer.ffn_norm, gated=True)  # [B, T, F]

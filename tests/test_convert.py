@@ -30,7 +30,7 @@ from conftest import (
 
 from jaxllm.config import PRESETS, ModelConfig, RopeScaling
 from jaxllm.convert import __main__ as convert
-from jaxllm.convert import meta, pth
+from jaxllm.convert import checkpoint, meta, pth
 from jaxllm.errors import InputError, ModelError
 from jaxllm.loader import load
 from jaxllm.model import forward
@@ -150,7 +150,7 @@ def test_random_checkpoint_bit_for_bit(tmp_path, dtype, shards, embed_axis, kv_h
 def test_blocks_of_any_size_give_the_same(tmp_path, monkeypatch, block):
     source = write_checkpoint(tmp_path / "source", shards=4)
     whole = [run(source, tmp_path / "float"), run(source, tmp_path / "int8", "--quantize", "int8")]
-    monkeypatch.setattr(meta, "BLOCK", block)
+    monkeypatch.setattr(checkpoint, "BLOCK", block)
     parts = [run(source, tmp_path / "float-2"), run(source, tmp_path / "int8-2", "--quantize", "int8")]
     assert list(map(tree, whole)) == list(map(tree, parts))
 
