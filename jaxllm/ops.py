@@ -88,11 +88,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "xla": Implementation(reference.rope_store),
     },
     "attention": {
-        "cudnn": Implementation(
-            "jaxllm.kernels.cudnn:attention", "gpu", (8, 0), dtypes=HALF,
-            limits={"fresh": (True,), "head_dim": range(8, 129, 8)},
-        ),
-        "triton": _triton("attention:attention", limits={"head_dim": HEAD_DIMS}),
+        "triton": _triton("attention:attention", limits={"head_dim": HEAD_DIMS, "window": (None,)}),
         "xla": Implementation(reference.attention),
     },
     "matmul": {
@@ -100,7 +96,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "xla": Implementation(reference.matmul),
     },
     "int8_matmul": {
-        "triton": _triton("matmul:matmul", auto=({"rows": (1,)}, {"dtype": HALF, "rows": range(1, 513)})),
+        "triton": _triton("matmul:matmul", auto=({"rows": range(1, 17)}, {"dtype": HALF, "rows": range(1, 513)})),
         "xla": Implementation(reference.int8_matmul),
     },
     "w8a8_matmul": {
@@ -153,15 +149,16 @@ def rope_store(qkv, cos, sin, positions, k: Array, v: Array, impl="auto"):
     return _call("rope_store", impl, facts, {}, qkv, cos, sin, positions, k, v)
 
 
-def attention(q, k: Array, v: Array, positions, impl="auto", fresh=False):
+def attention(q, k: Array, v: Array, positions, impl="auto", window=None):
     """Attention of q [B, T, K, G, H], at positions [B, T], over k and v [B, K, S, H], float or int8; in q's type.
 
-    fresh says that k and v are of these tokens alone: float, with S = T and positions 0 to T-1 in every row.
+    A query sees the slots up to its position, with a window only the last so many of them.
     """
-    facts = {"head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2], "fresh": fresh}
+    facts = {"head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2], "window": window}
+    options = {} if window is None else {"window": window}
     if isinstance(k, QTensor):
-        return _call("attention", impl, facts, {}, q, k.values, v.values, positions, k.scale, v.scale)
-    return _call("attention", impl, facts, {}, q, k, v, positions)
+        return _call("attention", impl, facts, options, q, k.values, v.values, positions, k.scale, v.scale)
+    return _call("attention", impl, facts, options, q, k, v, positions)
 
 
 def matmul(x, w: Array, norm=None, residual=None, eps=0.0, gated=False, dtype=jnp.float32, impl="auto"):

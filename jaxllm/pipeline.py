@@ -186,12 +186,15 @@ def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
         waiting = following
 
 
+def stores_scores(config: ModelConfig) -> bool:
+    """Whether a prefill call stores attention scores [B, N, T, S]: XLA's attention does, kernels do not."""
+    facts = {"head_dim": config.head_dim, "tokens": PIECE, "slots": config.max_len, "window": config.sliding_window}
+    return ops.choose("attention", config.impl, config.dtype, facts) is ops.IMPLEMENTATIONS["attention"]["xla"]
+
+
 def largest_piece(config: ModelConfig, batch: int) -> int:
     """How many tokens of each row a call of `prefill` takes at most."""
-    facts = {"head_dim": config.head_dim, "tokens": PIECE, "slots": config.max_len, "fresh": False}
-    chosen = ops.choose("attention", config.impl, config.dtype, facts)
-    stores_scores = chosen is ops.IMPLEMENTATIONS["attention"]["xla"]
-    return PIECE if stores_scores else max(PIECE, TOKENS >> (batch - 1).bit_length())
+    return PIECE if stores_scores(config) else max(PIECE, TOKENS >> (batch - 1).bit_length())
 
 
 def _pieces(prompts, lengths, slots, most):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxllm.config import KV_CACHES, ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.model import KVCache, Params, abstract_params, init_cache
-from jaxllm.pipeline import LEAST, PIECE
+from jaxllm.pipeline import LEAST, largest_piece, stores_scores
 from jaxllm.quantize import SCHEMES
 
 GUARD = 100 << 20  # bytes: zones of 16 MiB around each of four buffers, and cuBLAS's own 32 MiB
@@ -191,15 +191,18 @@ def _over_layers(config, make):
 def _workspace(config, batch, slots, quantize):
     """Bytes that prefill and decode take besides weights and cache, whichever takes more, compiling them included.
 
-    The temporaries are what XLA reports for its own attention; what it tries out while it compiles for a GPU (each
-    product with every algorithm, the result twice to compare them, between guard zones) was measured: bench/memory.py.
-    A CPU tries nothing, but converts a quantized matrix to float32: this is about as much, or on the safe side.
+    The temporaries are what XLA reports for its own attention, which stores scores; what it tries out while it compiles
+    for a GPU (each product with every algorithm, the result twice to compare them, between guard zones) was measured:
+    bench/memory.py.  A CPU tries nothing, but converts a quantized matrix to float32: this is about as much, or on the
+    safe side.
     """
     itemsize = jnp.dtype(config.dtype).itemsize
-    tokens = batch * min(PIECE, slots)  # B*T, of a prefill call
+    tokens = batch * min(largest_piece(config, batch), slots)  # B*T, of a prefill call
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    scores = tokens * config.n_heads * slots  # [B, N, T, S]
-    keys = batch * config.n_kv_heads * slots * config.head_dim  # [B, K, S, H]
+    scores = keys = 0
+    if stores_scores(config):
+        scores = tokens * config.n_heads * slots  # [B, N, T, S]
+        keys = batch * config.n_kv_heads * slots * config.head_dim  # [B, K, S, H]
     matrix = config.dim * (max(2 * config.ffn_dim, config.vocab_size) if batch > 1 else 2 * config.ffn_dim)
     running = max(
         scores * (4 + itemsize) + tokens * (qkv + config.dim) * itemsize,  # float32 scores, and config.dtype

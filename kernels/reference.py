@@ -201,18 +201,20 @@ def rope_store(qkv, cos, sin, positions, k, v, k_scale=None, v_scale=None):
     return q, *jax.lax.optimization_barrier(cache)
 
 
-def attention(q, k, v, positions, k_scale=None, v_scale=None):
+def attention(q, k, v, positions, k_scale=None, v_scale=None, window=None):
     """Attention of q [B, T, K, G, H] over k and v [B, K, S, H], in q's type.
 
     k and v are of q's type, or int8 with k_scale and v_scale [B, K, S], one number a slot and head.
     The query at positions [B, T] sees the slots 0 to its own position and no later one, so slots that are not filled
-    yet have no weight.  Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 for the groups.
+    yet have no weight; with a window it sees the last so many of these only.  Vaswani et al. 2017, eq. 1; Ainslie et
+    al. 2023 for the groups, Beltagy et al. 2020 for the window.
     """
     # k before q, so that XLA reads k and v where they lie; the other way round it transposes k, and jax 0.10 copies it
     scores = einsum("BKSH,BTKGH->BKSGT", k.astype(q.dtype), q)
     if k_scale is not None:
         scores = scores * k_scale[..., None, None]
-    visible = jnp.arange(k.shape[2])[:, None, None] <= positions[:, None, None, None, :]
+    slots, last = jnp.arange(k.shape[2])[:, None, None], positions[:, None, None, None, :]
+    visible = slots <= last if window is None else (slots <= last) & (slots > last - window)
     weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=2)
     if v_scale is not None:
         weights = weights * v_scale[..., None, None]

@@ -274,6 +274,8 @@ def test_model_shapes(shape, rows, kind):
             fused = {"norm": norm, "eps": 1e-5}
         out = kernels.matmul(x, w, scale, **fused, residual=residual, gated=gated)
         w32 = w.astype(jnp.float32) if scale is None else reference.dequantize(w, scale)
+        if rows == 1:
+            x = x.astype(jnp.float32)  # the kernel does not round the norm's result
         x32 = (reference.rms_norm(x, norm, 1e-5) if fused else x).astype(jnp.float32)
         want = reference.matmul(x32, w32, residual=residual, gated=gated)
     assert jnp.linalg.norm(out - want) <= 2e-4 * jnp.linalg.norm(want)

@@ -179,15 +179,6 @@ def test_auto_takes_an_implementation_where_it_is_fastest(monkeypatch):
         assert choose("matmul", "fast", dtype, {"rows": rows}) is fast  # by name everywhere
 
 
-def test_cudnn_is_for_tokens_that_attend_to_one_another_alone(monkeypatch):
-    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: GPU)
-    monkeypatch.setattr(ops, "find_spec", lambda name: object())
-    facts, table = {"head_dim": 64, "tokens": 5, "slots": 5}, IMPLEMENTATIONS["attention"]
-    assert choose("attention", "auto", "bfloat16", facts | {"fresh": True}) is table["cudnn"]
-    assert choose("attention", "auto", "bfloat16", facts | {"fresh": False}) is table["triton"]
-    assert choose("attention", "auto", "float32", facts | {"fresh": True}) is table["triton"]
-
-
 def test_old_pythons_are_told(monkeypatch):
     monkeypatch.setattr(ops.sys, "version_info", (3, 11, 4))
     implementation = Implementation(reference.rms_norm, packages=("no_such_package",))
@@ -209,7 +200,7 @@ def test_kernels_without_a_gpu_are_refused_by_name():
 @pytest.mark.parametrize(
     "impl, message",
     [
-        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, cudnn, triton, xla"),
+        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, triton, xla"),
         ("atention=xla", "no op called 'atention'; there are rms_norm, "),
         ("rms_norm=cudnn", "implementation 'cudnn' is not in this jaxllm"),
         ("", "implementation ''"),

@@ -234,6 +234,18 @@ def test_workspace_holds_what_is_known_to_be_there():
     assert plan(config).workspace < plan(wide).workspace < 2 * plan(config).workspace
 
 
+def test_workspace_without_stored_scores(monkeypatch):
+    config = preset("llama2-7b")
+    stored = [plan(config, 1, slots, "int8").workspace for slots in (1024, 4096)]
+    monkeypatch.setattr(resources, "stores_scores", lambda config: False)
+    monkeypatch.setattr(resources, "largest_piece", lambda config, batch: 2048)
+    kernels = [plan(config, 1, slots, "int8").workspace for slots in (1024, 4096)]
+    # gate and up of 2048 tokens, and their weights converted to bfloat16
+    assert stored[0] < kernels[1] and kernels[1] > GUARD + 2 * 2 * 11008 * (2048 + 4096)
+    config = replace(config, max_len=1 << 20)
+    assert plan(config, 1, 1 << 20).workspace == plan(config, 1, 4096).workspace
+
+
 def test_workspace_against_the_compiled_programs():
     # in float32, because in bfloat16 a CPU converts what other devices do not
     config = replace(SMALL, dtype="float32", n_layers=1, head_dim=32, max_len=512)
