@@ -35,6 +35,9 @@ VARIANTS = {
     "wide heads": replace(SMALL, head_dim=10),
     "theta": replace(SMALL, rope_theta=500000.0, norm_eps=1e-3),
     "scaled rope": replace(SMALL, rope_scaling=RopeScaling(8.0, original_max_len=16), rope_theta=50.0),
+    "biases": replace(SMALL, attention_bias=True),
+    "q and k norms": replace(SMALL, qk_norm=True, norm_eps=1e-2),
+    "window": replace(SMALL, sliding_window=4),
 }
 # weights of more than one group, and rotations of 64 (D), 8 (N*H) and 4 (F) inputs
 WIDE = replace(SMALL, dim=192, n_layers=1, ffn_dim=300)
@@ -89,16 +92,23 @@ def slow_forward(params, config, tokens):
     xs = [p.embed[t] for t in tokens]
     for layer in p.layers:
         ks, vs, out = [], [], []
+        bias = np.zeros(layer.wqkv.shape[:3]) if layer.qkv_bias is None else layer.qkv_bias
+
+        def head_norm(x, w):
+            return x if w is None else norm(x, w)
+
         for position, x in enumerate(xs):
             h = norm(x, layer.attn_norm)
-            ks.append([keep(turn(layer.wqkv[k, -2] @ h, position)) for k in range(config.n_kv_heads)])
-            vs.append([keep(layer.wqkv[k, -1] @ h) for k in range(config.n_kv_heads)])
+            kv = range(config.n_kv_heads)
+            ks.append([keep(turn(head_norm(layer.wqkv[k, -2] @ h + bias[k, -2], layer.k_norm), position)) for k in kv])
+            vs.append([keep(layer.wqkv[k, -1] @ h + bias[k, -1]) for k in kv])
+            first = max(0, position + 1 - (config.sliding_window or len(xs)))
             mixed = []
             for n in range(heads):
                 k, g = divmod(n, config.group)
-                q = turn(layer.wqkv[k, g] @ h, position)
-                e = np.exp([q @ key[k] / math.sqrt(size) for key in ks])
-                mixed.append(sum(w * value[k] for w, value in zip(e / e.sum(), vs, strict=True)))
+                q = turn(head_norm(layer.wqkv[k, g] @ h + bias[k, g], layer.q_norm), position)
+                e = np.exp([q @ key[k] / math.sqrt(size) for key in ks[first:]])
+                mixed.append(sum(w * value[k] for w, value in zip(e / e.sum(), vs[first:], strict=True)))
             x = x + layer.wo @ np.concatenate(mixed)
             h = norm(x, layer.ffn_norm)
             gate, up = layer.w_gate_up[0] @ h, layer.w_gate_up[1] @ h
@@ -385,6 +395,8 @@ def test_frequencies_of_llama31():
         dict(norm_eps=math.nan),
         dict(dtype="int8"),
         dict(kv_cache="int4"),
+        dict(qk_norm=1),
+        dict(sliding_window=0),
     ],
 )
 def test_impossible_configs_are_refused(change):
