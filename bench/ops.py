@@ -1,6 +1,6 @@
 """Every op and implementation on one GPU, beside what the memory and the tensor cores gave in the same run.
 
-    python bench/ops.py [--only GROUP ...] [--preset NAME ...] [--impl NAME ...]
+    python bench/ops.py [--only GROUP ...] [--preset NAME ...] [--impl NAME ...] [--plot FILE]
 
 Random arrays at the shapes of released models, as many copies in turn as are larger than the cache (L2).  A share is of
 the streaming read for what is bound by bytes, of the copy for what reads and writes, and of the measured matrix product
@@ -282,6 +282,28 @@ def measure(case, impls, ceiling):
         yield record
 
 
+def plot(records, file):
+    """Shares of all cases as an SVG: a row a case, a mark an implementation."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "ops", "font.size": 7}  # the same bytes for the same figures
+    from matplotlib import pyplot
+
+    measured = [record for record in records if "share" in record]
+    names = list(dict.fromkeys((record["group"], record["case"]) for record in measured))
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.16 * len(names)))
+    for impl, marker in ("xla", "o"), ("cudnn", "s"), ("triton", "D"):
+        rows = [record for record in measured if record["impl"] == impl]
+        places = [names.index((record["group"], record["case"])) for record in rows]
+        axes.plot([record["share"] for record in rows], places, marker, markersize=4, label=impl)
+    axes.set(xlim=(0, 1.05), ylim=(len(names), -1), xlabel="share of the ceiling that binds")
+    axes.set_yticks(range(len(names)), [case for _, case in names])
+    axes.grid(axis="x", linewidth=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.02), ncols=3, frameon=False)
+    figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     groups = ("matmul", "attention", "rows")
@@ -290,6 +312,7 @@ def main():
     )
     parser.add_argument("--preset", nargs="+", default=["llama2-7b", "tinyllama-1.1b", "llama2-70b"])
     parser.add_argument("--impl", nargs="+", default=["xla", "triton", "cudnn"])
+    parser.add_argument("--plot", metavar="FILE", help="an SVG of the shares (takes matplotlib)")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         sys.exit("this bench needs a GPU")
@@ -300,6 +323,8 @@ def main():
         if case.group.startswith(tuple(args.only)):
             here = [*ops.IMPLEMENTATIONS[case.op]] + (["cudnn"] if case.op == "attention" else [])
             records += measure(case, [name for name in here if name in args.impl], ceiling)
+    if args.plot:
+        plot(records, args.plot)
     device = {"device": jax.devices()[0].device_kind, "python": platform.python_version(), "jax": version("jax")}
     print(json.dumps({"bench": "ops", "ceilings": ceiling, "results": records} | device))
 

@@ -205,7 +205,7 @@ def by_way_of_meta(folder: Path, settings: dict, tensors) -> tuple[ModelConfig, 
     """Write a checkpoint as Meta does and open it as the converter does: config and float32 Params of numpy arrays."""
     (folder / "params.json").write_text(json.dumps(settings))
     pth.write(folder / "consolidated.00.pth", tensors)
-    checkpoint = meta.open_checkpoint(folder, tokenizer_file=folder / "unused")
+    checkpoint = meta.open_checkpoint(folder, tokenizer_file=folder / "params.json")  # any file: it is not used
     abstract = abstract_params(checkpoint.config)
     leaves = [
         np.concatenate([block.ravel() for block in checkpoint.weights[name].blocks()]).reshape(leaf.shape)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from tqdm import tqdm
 
 from jaxllm.config import DTYPES
 from jaxllm.convert import meta
+from jaxllm.convert.checkpoint import Checkpoint
 from jaxllm.errors import ArgumentParser, InputError, ModelError, run_command
-from jaxllm.loader import check_vocabulary, parameter_shapes, save
+from jaxllm.loader import TOKENIZERS, check_vocabulary, parameter_shapes, save
 from jaxllm.model import MATRICES, abstract_params
 from jaxllm.quantize import SCHEMES
 from jaxllm.tokenizer import load_tokenizer
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"OUT {args.out} is or contains SOURCE {args.source}; choose another folder")
     checkpoint = meta.open_checkpoint(args.source, args.tokenizer, args.dtype)
     config = checkpoint.config
-    check_vocabulary(load_tokenizer(checkpoint.tokenizer_file), checkpoint.tokenizer_file, config)
+    check_tokenizer(checkpoint)
 
     shapes = parameter_shapes(abstract_params(config, args.quantize, args.keep_float)).values()
     total = sum(shape.size * shape.dtype.itemsize for shape in shapes)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
             args.out,
             config,
             checkpoint.weights,
-            checkpoint.tokenizer_file,
+            checkpoint.files,
             quantize=args.quantize,
             keep_float=args.keep_float,
             overwrite=args.overwrite,
@@ -58,6 +60,18 @@ def main(argv: Sequence[str]) -> None:
         )
     count = sum(shape.size for shape in parameter_shapes(abstract_params(config)).values())
     print(f"{args.out}: {count / 1e6:,.1f} M parameters, {args.quantize or config.dtype}", file=sys.stderr)
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise ModelError if the tokenizer of a checkpoint cannot be read, or is another model's."""
+    name = next(name for name in TOKENIZERS if name in checkpoint.files)
+    with tempfile.TemporaryDirectory() as folder:
+        file = checkpoint.files[name]
+        if isinstance(file, bytes):  # the files beside it say more about it
+            for each, content in checkpoint.files.items():
+                (Path(folder) / each).write_bytes(content)
+            file = Path(folder) / name
+        check_vocabulary(load_tokenizer(file), file, checkpoint.config)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,34 @@ from typing import Protocol
 import numpy as np
 
 from jaxllm.config import ModelConfig
-from jaxllm.loader import Weight
+from jaxllm.errors import ModelError
+from jaxllm.loader import TOKENIZERS, Weight
 
 BLOCK = 16 << 20  # elements read and written at a time, so that memory does not grow with the model
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint opened for conversion: nothing of its weights was read yet."""
+    """A checkpoint opened for conversion: nothing of its weights was read yet.
+
+    files go into the model folder by these names: the tokenizer (one of `loader.TOKENIZERS`), and what belongs to it.
+    """
 
     config: ModelConfig
     weights: dict[str, Weight]
-    tokenizer_file: Path
+    files: dict[str, Path | bytes]
+
+
+def tokenizer_name(file: Path) -> str:
+    """The name that a tokenizer's file gets in a model folder, by content.  Raises ModelError if it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(64).lstrip()
+    except OSError as error:
+        raise ModelError(
+            f"{file}: cannot be read ({error.strerror}); give a tokenizer.model or tokenizer.json"
+        ) from None
+    return TOKENIZERS[1] if start.startswith(b"{") else TOKENIZERS[0]
 
 
 class Tensor(Protocol):

@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxllm.config import DTYPES, ModelConfig, RopeScaling
 from jaxllm.convert import pth
-from jaxllm.convert.checkpoint import Checkpoint, equal, model_weights
+from jaxllm.convert.checkpoint import Checkpoint, equal, model_weights, tokenizer_name
 from jaxllm.errors import ModelError
-from jaxllm.loader import TOKENIZER
+from jaxllm.loader import find_tokenizer
 
 # name in a layer -> its name in `model_weights`, and the axis on which the shards are to be joined (None: every shard
 # has the whole)
@@ -85,7 +85,8 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
         config = ModelConfig.from_json(config | {"dtype": dtype})
     except ModelError as error:
         raise ModelError(f"{source / 'params.json'} and the tensors beside it make no LLaMA: {error}") from None
-    return Checkpoint(config, _weights(config, tensors), tokenizer_file or _find_tokenizer(source))
+    tokenizer_file = tokenizer_file or _find_tokenizer(source)
+    return Checkpoint(config, _weights(config, tensors), {tokenizer_name(tokenizer_file): tokenizer_file})
 
 
 def _read_params_json(file):
@@ -262,9 +263,11 @@ def _rope_scaling(settings):
 
 def _find_tokenizer(source):
     for folder in (source, source.parent):
-        if os.path.isfile(folder / TOKENIZER):
-            return folder / TOKENIZER
-    raise ModelError(f"{source / TOKENIZER} is missing, and not in the folder above either; name it with --tokenizer")
+        if os.path.isfile(find_tokenizer(folder)):
+            return find_tokenizer(folder)
+    raise ModelError(
+        f"{find_tokenizer(source)} is missing, and not in the folder above either; name it with --tokenizer"
+    )
 
 
 def _weights(config, tensors):

@@ -39,7 +39,7 @@ from jaxllm.tokenizer import Tokenizer, load_tokenizer
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # bytes: where a tensor starts so, a CPU device can use the map itself
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-TOKENIZER = "tokenizer.model"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # a folder has one of them; of two the first is taken
 NORMS = ("attn_norm", "ffn_norm", "norm")
 DEMO = Path(__file__).parent / "demo"
 # an upload is staged in pinned memory, which takes time to get and is not given back; smaller pieces cost more calls
@@ -134,7 +134,7 @@ def open_folder(path=None, tokenizer=None) -> Folder:
     """
     path = DEMO if path is None else Path(path)
     config, quantize, keep_float = _read_config(path)
-    tokenizer_file = Path(tokenizer or path / TOKENIZER)
+    tokenizer_file = Path(tokenizer) if tokenizer else find_tokenizer(path)
     reader = load_tokenizer(tokenizer_file)
     check_vocabulary(reader, tokenizer_file, config)
     tensors, files = _read_tensors(path, config, quantize, keep_float)
@@ -356,9 +356,14 @@ def _advise(array, advice):
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice))
 
 
+def find_tokenizer(folder: Path) -> Path:
+    """The tokenizer's file in a folder; where there is none, the one that should be there."""
+    return next((folder / name for name in TOKENIZERS if os.path.isfile(folder / name)), folder / TOKENIZERS[0])
+
+
 def check_vocabulary(tokenizer: Tokenizer, file, config: ModelConfig) -> None:
-    """Raise ModelError unless the tokenizer has as many tokens as the model."""
-    if tokenizer.vocab_size != config.vocab_size:
+    """Raise ModelError unless the tokenizer has the model's tokens, or a few less: an embedding may be padded."""
+    if not 0.9 * config.vocab_size <= tokenizer.vocab_size <= config.vocab_size:
         raise ModelError(
             f"{file} has {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}: it belongs to another "
             f"model; name the right one with --tokenizer"
@@ -524,7 +529,7 @@ def save(
     path,
     config: ModelConfig,
     weights: Mapping[str, Weight],
-    tokenizer_file,
+    files: Mapping[str, Path | bytes],
     quantize: str | None = None,
     keep_float: Collection[str] = (),
     overwrite: bool = False,
@@ -532,6 +537,7 @@ def save(
 ) -> None:
     """Write a model folder from float weights, named as `parameter_shapes(abstract_params(config))`, block by block.
 
+    files are the others of the folder, by name, as paths or content: one of TOKENIZERS at least.
     Matrices are quantized as quantize and keep_float say (see `abstract_params`), and else stored in config.dtype, like
     the norms.  progress is called with the number of bytes written, again and again.  The folder appears under its name
     when it is whole; whatever goes wrong before leaves nothing behind.  An existing model folder is replaced only with
@@ -570,7 +576,11 @@ def save(
                 except ValueError as error:
                     raise ModelError(f"{path} was not written: {name} {error}") from None
             file.truncate(total)  # an empty tensor at the end writes nothing
-        shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                (temporary / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, temporary / name)
         text = {"format": "jaxllm", "format_version": FORMAT_VERSION, "quantization": quantize}
         if quantize:
             text["float"] = [*NORMS, *keep_float]

@@ -202,7 +202,13 @@ def test_save_writes_what_load_reads(tmp_path):
         return lambda: iter([array] if array.ndim == 1 else np.split(rows, len(rows)))
 
     weights = {name: Weight(array.shape, blocks(array)) for name, array in arrays.items()}
-    save(tmp_path / "out", config, weights, CHECKPOINTS[LLAMA1] / "tokenizer.model", progress=counted.append)
+    save(
+        tmp_path / "out",
+        config,
+        weights,
+        {"tokenizer.model": CHECKPOINTS[LLAMA1] / "tokenizer.model"},
+        progress=counted.append,
+    )
     model = load(tmp_path / "out", dtype="float32")
     assert stored_params(model.params) == {name: as_stored(array.astype(np.float16)) for name, array in arrays.items()}
     assert sum(counted) == sum(array.size * 2 for array in arrays.values())
@@ -454,7 +460,7 @@ def test_two_processes_share_the_weights(tmp_path):
         if len(s.shape) == 1
     }
     weights = {name: norms.get(name) or weight(s.shape) for name, s in shapes.items()}
-    save(tmp_path / "model", config, weights, CHECKPOINTS[LLAMA1] / "tokenizer.model")
+    save(tmp_path / "model", config, weights, {"tokenizer.model": CHECKPOINTS[LLAMA1] / "tokenizer.model"})
     size = (tmp_path / "model" / "model.safetensors").stat().st_size / 1024
     assert size > 100_000
     command = [sys.executable, "-c", SHARING, str(tmp_path / "model")]
