@@ -62,7 +62,7 @@ def write_folder(folder, config, quantize):
     names = [b"<unused %d>" % number for number in range(VOCABULARY, config.vocab_size)]
     extra = [b"\x0a%c%s\x15%s" % (len(name), name, struct.pack("<f", -1e9)) for name in names]
     tokenizer = TOKENIZER.read_bytes() + b"".join(b"\x0a%c%s" % (len(entry), entry) for entry in extra)
-    (folder / loader.TOKENIZERS[0]).write_bytes(tokenizer)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
     return total
 
 

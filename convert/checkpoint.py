@@ -36,7 +36,7 @@ def tokenizer_name(file: Path) -> str:
         raise ModelError(
             f"{file}: cannot be read ({error.strerror}); give a tokenizer.model or tokenizer.json"
         ) from None
-    return TOKENIZERS[1] if start.startswith(b"{") else TOKENIZERS[0]
+    return TOKENIZERS[0] if start.startswith(b"{") else TOKENIZERS[1]
 
 
 class Tensor(Protocol):
@@ -131,4 +131,7 @@ def _qkv_blocks(config, q, k, v, adjacent_pairs):
     for head in range(config.n_kv_heads):
         of_q = q.rows(head * config.group * size, (head + 1) * config.group * size)
         of_k, of_v = (part.rows(head * size, (head + 1) * size) for part in (k, v))
-        yield np.concatenate([order(of_q, size), order(of_k, size), of_v])
+        parts = [order(of_q, size), order(of_k, size), of_v]
+        if len({part.dtype for part in parts}) > 1:  # numpy has no common type of float16 and bfloat16
+            parts = [part.astype(np.float32) for part in parts]
+        yield np.concatenate(parts)

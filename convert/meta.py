@@ -66,6 +66,15 @@ class Sharded:
         return rows
 
 
+def matches(source: Path) -> bool:
+    """Whether a path is a folder with something of Meta's in it."""
+    try:
+        names = os.listdir(source)
+    except OSError:
+        return False
+    return any(name == "params.json" or re.fullmatch(r"consolidated\.\d+\.pth", name) for name in names)
+
+
 def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str | None = None) -> Checkpoint:
     """Open the folder of a Meta checkpoint.
 

@@ -26,6 +26,8 @@ _HOMES = {
     "quantize_params": "model",
     "plan": "resources",
     "usage": "resources",
+    "load_template": "chat",
+    "ChatTemplate": "chat",
     "ModelConfig": "config",
     "preset": "config",
     "QTensor": "tensor",

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import resources
+from jaxllm.chat import load_template
 from jaxllm.config import KV_CACHES, preset
 from jaxllm.errors import ArgumentParser, InputError, run_command
 from jaxllm.loader import Model, load, open_folder, plan_folder
@@ -74,13 +75,13 @@ class Result:
 class Generation:
     """A batch of prompts being continued: iterate for (row, text) pieces as they come; `results` is what came so far.
 
-    Arguments as in `generate`.  The pieces of a row joined are its text.
+    Arguments as in `generate`; ids, if given, are the prompts' token ids.  The pieces of a row joined are its text.
     """
 
-    def __init__(self, model, prompts, sampling=None, max_new_tokens=128, stop=(), max_len=None):
+    def __init__(self, model, prompts, sampling=None, max_new_tokens=128, stop=(), max_len=None, ids=None):
         _check_texts(prompts, stop)
         self._model, self._prompts = model, list(prompts)
-        self._ids = [model.tokenizer.encode(prompt) for prompt in self._prompts]
+        self._ids = [model.tokenizer.encode(prompt) for prompt in self._prompts] if ids is None else ids
         self._sampling = Sampling() if sampling is None else sampling
         self._seeds = self._sampling.rows(len(self._prompts)).seed.tolist()
         self._stop = tuple(stop)
@@ -300,11 +301,11 @@ def main(argv: Sequence[str]) -> None:
         settings = " ".join(f"{name}={value}" for name, value in GPU_MEMORY.items())
         print(f"taking the GPU's memory as it is needed ({settings})", file=sys.stderr)
     start = time.perf_counter()
-    model = _load(args, prompts)
+    model, ids = _load(args, prompts)
     times["load_s"] = time.perf_counter() - start
     if args.model is None:
         print("no --model: using the small demonstration model inside the package", file=sys.stderr)
-    generation = Generation(model, prompts, sampling, args.max_new_tokens, args.stop, args.max_len)
+    generation = Generation(model, prompts, sampling, args.max_new_tokens, args.stop, args.max_len, ids)
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         _print_text(generation, prompts, args, times)
@@ -317,15 +318,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _load(args, prompts):
-    """The model, if it, and a cache for these prompts, fit into memory."""
+    """The model, if it, and a cache for these prompts, fit into memory; and the prompts' token ids."""
     folder = open_folder(args.model, args.tokenizer)
-    ids = [folder.tokenizer.encode(prompt) for prompt in prompts]
+    if args.chat:
+        template = load_template(folder.path, args.chat_template)
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        turns = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [template.encode(messages, folder.tokenizer) for messages in turns]
+    else:
+        ids = [folder.tokenizer.encode(prompt) for prompt in prompts]
     limits = row_limits(folder.config, ids, args.max_new_tokens, args.max_len)
     slots = cache_slots(ids, limits, args.max_len or folder.config.max_len)
     settings = _memory_settings(args)
     plan = plan_folder(folder, len(prompts), slots, **settings)
     resources.require_memory(plan, resources.free_memory(), least=max(map(len, ids)) + 1)
-    return load(folder, **settings, impl=args.impl)
+    return load(folder, **settings, impl=args.impl), ids
 
 
 def _memory_settings(args):
@@ -372,11 +379,18 @@ def _parse(argv):
     parser = ArgumentParser(prog="python -m jaxllm.generate", description="Continue prompts with a LLaMA model.")
     parser.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the one inside the package)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer.model, not the folder's")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer, not the folder's")
     parser.add_argument(
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts, run as one batch"
     )
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds one prompt")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message, of a model trained to chat"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="with --chat: a Jinja template, or llama2 (default: the model's own)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, help="default 0.8")
     parser.add_argument("--top-k", type=int, help="default 0: off")
@@ -409,6 +423,9 @@ def _parse(argv):
     for name in ("preset", "device_memory"):
         if getattr(args, name) is not None and not args.plan:
             raise InputError(f"--{name.replace('_', '-')} belongs to --plan; leave it out, or add that")
+    for name in ("system", "chat_template"):
+        if getattr(args, name) is not None and not args.chat:
+            raise InputError(f"--{name.replace('_', '-')} belongs to --chat; leave it out, or add that")
     return args
 
 

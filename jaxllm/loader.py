@@ -39,7 +39,7 @@ from jaxllm.tokenizer import Tokenizer, load_tokenizer
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # bytes: where a tensor starts so, a CPU device can use the map itself
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # a folder has one of them; of two the first is taken
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # a folder has one of them; of two the first, which may have more
 NORMS = ("attn_norm", "ffn_norm", "norm")
 DEMO = Path(__file__).parent / "demo"
 # an upload is staged in pinned memory, which takes time to get and is not given back; smaller pieces cost more calls
@@ -290,7 +290,7 @@ def _upload(tensors, device) -> list[Array]:
         for rows in pieces[i]:
             part, change = jax.device_put(rows, device), tensors[i][1]
             parts.append(jax.block_until_ready(part if change is None else change(part)))
-            _advise(rows, "MADV_DONTNEED")  # the pages stay in the page cache, and are not counted as ours
+            advise(rows, "MADV_DONTNEED")  # the pages stay in the page cache, and are not counted as ours
         return parts[0] if program is None else program.result()(parts)
 
     placed = {}
@@ -299,7 +299,7 @@ def _upload(tensors, device) -> list[Array]:
         placed |= zip(small, jax.device_put([tensors[i][0] for i in small], device), strict=True)  # in one call
         for at, i in enumerate(order):
             for ahead in order[at + THREADS : at + THREADS + 1]:
-                _advise(tensors[ahead][0], "MADV_WILLNEED")  # reads it from the disk, if it is not in memory
+                advise(tensors[ahead][0], "MADV_WILLNEED")  # reads it from the disk, if it is not in memory
             placed[i] = sent[i].result()
     return [placed[i] for i in range(len(tensors))]
 
@@ -341,8 +341,11 @@ def _libc():
     return ctypes.CDLL(None)
 
 
-def _advise(array, advice):
-    """Tell the operating system what becomes of the pages that lie wholly inside an array of a memory map."""
+def advise(array, advice):
+    """Tell the operating system what becomes of the pages that lie wholly inside an array of a memory map.
+
+    advice is the name of one of the mmap module's constants; without madvise (Windows) nothing is told.
+    """
     owner = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -358,7 +361,7 @@ def _advise(array, advice):
 
 def find_tokenizer(folder: Path) -> Path:
     """The tokenizer's file in a folder; where there is none, the one that should be there."""
-    return next((folder / name for name in TOKENIZERS if os.path.isfile(folder / name)), folder / TOKENIZERS[0])
+    return next((folder / name for name in TOKENIZERS if os.path.isfile(folder / name)), folder / TOKENIZERS[-1])
 
 
 def check_vocabulary(tokenizer: Tokenizer, file, config: ModelConfig) -> None:
@@ -460,6 +463,7 @@ def read_safetensors(file) -> dict[str, np.ndarray]:
     or the tensors do not fill the rest of the file without gap or overlap.
     """
     mapped, data = _map(Path(file))
+    mapped.opened.close()  # the map does not need it
     return _read_map(mapped.path, data)
 
 

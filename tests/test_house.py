@@ -14,6 +14,8 @@ FLOORS = {
     "tensor": 0,
     "tokenizer": 0,
     "kernels": 0,
+    "chat_template": 0,
+    "chat": 1,
     "quantize": 1,
     "ops": 2,
     "model": 3,
