@@ -27,6 +27,7 @@ def demo():
     return jaxllm.load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md", "docs/memory.md", "docs/kernels.md"])
 def test_python_examples_run(page, capsys, monkeypatch):
     # one of them registers an implementation

@@ -739,7 +739,7 @@ BAD = {
         )
     },
     **{f"index with {name!r}": Bad(outside(name), ["{source}/" + INDEX, "missing"]) for name in ("..", "")},
-    "no tokenizer": Bad(delete("tokenizer.model"), ["{source}", "tokenizer.model nor tokenizer.json", "--tokenizer"]),
+    "no tokenizer": Bad(delete("tokenizer.model"), ["{source}", "tokenizer.json nor tokenizer.model", "--tokenizer"]),
     "tokenizer LFS": Bad(put("tokenizer.model", LFS), ["{source}/tokenizer.model", "Git LFS"]),
     "tokenizer.json LFS": Bad(put("tokenizer.json", LFS), ["{source}/tokenizer.json", "Git LFS"]),
 }  # fmt: skip

@@ -700,6 +700,7 @@ def test_right_files(path, layout, metadata, spaces):
     assert ours == {n: (e["dtype"], tuple(e["shape"]), body[slice(*e["data_offsets"])]) for n, e in pairs}
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=1500)
 @given(st.data())
 def test_lying_headers(path, data):

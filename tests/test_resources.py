@@ -325,6 +325,7 @@ def test_bad_arguments(arguments, message):
 # what fits
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5), st.sampled_from([None, "int8"]), st.floats(0.5, 1.3), st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_longest_and_largest_by_brute_force(batch, kv_cache, share, loaded):
