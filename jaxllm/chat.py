@@ -105,7 +105,8 @@ def load_template(folder: Path, given: str | None = None) -> ChatTemplate:
         try:
             source = file.read_text("utf-8")
         except (OSError, ValueError) as error:
-            raise ModelError(f"{file}: cannot be read ({error}); give a Jinja template in UTF-8") from None
+            why = getattr(error, "strerror", None) or error
+            raise ModelError(f"{file}: cannot be read ({why}); give a Jinja template in UTF-8") from None
     else:
         file, source = folder / CONFIG, settings.get("chat_template")
         if isinstance(source, list):  # several, by name
