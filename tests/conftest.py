@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ if importlib.util.find_spec("triton") and jax.default_backend() == "cpu":
 
 from jaxllm.convert import __main__ as convert
 from jaxllm.convert import pth
+from jaxllm.loader import parameter_shapes
+from jaxllm.model import abstract_params
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINTS = {folder.name: folder for folder in sorted(DATA.glob("llama*"))}
@@ -128,3 +131,25 @@ def as_arrays(file):
 def tree(folder):
     """Everything below a folder: {path: the file's bytes, or None for a folder}."""
     return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def arrays_of(checkpoint):
+    """Every weight of an opened checkpoint, whole."""
+    return {
+        name: np.concatenate([block.reshape(-1) for block in weight.blocks()]).reshape(weight.shape)
+        for name, weight in checkpoint.weights.items()
+    }
+
+
+def params_of(checkpoint, dtype):
+    """The Params of an opened checkpoint, as arrays of dtype."""
+    abstract, found = abstract_params(checkpoint.config), arrays_of(checkpoint)
+    shapes = parameter_shapes(abstract)
+    assert {name: array.shape for name, array in found.items()} == {name: leaf.shape for name, leaf in shapes.items()}
+    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name].astype(dtype) for name in shapes])
+
+
+def resident_bytes(folder):
+    """How much of the maps of files in a folder is in this process's memory (Linux)."""
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    return sum(int(re.search(r"Rss: +(\d+) kB", r)[1]) * 1024 for r in regions if str(folder) in r)

@@ -11,7 +11,7 @@ from jaxllm.errors import InputError, ModelError
 
 pytest.importorskip("jinja2")
 
-STORED = json.loads((Path(__file__).parent / "data" / "smollm2-chat.json").read_text("utf-8"))
+STORED = json.loads((Path(__file__).parent / "data" / "smollm2-135m.json").read_text("utf-8"))
 HELLO = [{"role": "user", "content": "Hello"}]
 
 

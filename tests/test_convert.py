@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from conftest import (
     as_stored,
     by_library,
     random_tensors,
+    resident_bytes,
     tree,
     write_checkpoint,
 )
@@ -161,14 +161,10 @@ def test_what_was_read_is_no_longer_held_in_memory(tmp_path):
     checkpoint = meta.open_checkpoint(source)
     size = sum(file.stat().st_size for file in source.glob("*.pth"))
 
-    def resident():
-        regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
-        return sum(int(re.search(r"Rss: +(\d+) kB", r)[1]) * 1024 for r in regions if str(source) in r)
-
     peak = 0
     for weight in checkpoint.weights.values():
         for _ in weight.blocks():
-            peak = max(peak, resident())
+            peak = max(peak, resident_bytes(source))
     assert size > 4e6 and peak < size / 8
 
 

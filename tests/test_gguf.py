@@ -15,15 +15,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import DATA, TOKENIZER, as_arrays
+from conftest import DATA, TOKENIZER, arrays_of, as_arrays, params_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import RopeScaling
 from jaxllm.convert import gguf as ours
 from jaxllm.errors import InputError, ModelError
-from jaxllm.loader import load, parameter_shapes, save
-from jaxllm.model import abstract_params, forward
+from jaxllm.loader import load, save
+from jaxllm.model import forward
 from jaxllm.pipeline import generate_tokens
 from jaxllm.sampling import Sampling
 
@@ -166,22 +166,12 @@ def small(dim=8, n_heads=4, n_kv_heads=2, ffn_dim=4, vocab_size=5, dtype=np.floa
     }
 
 
-def weights(checkpoint):
-    """All weights of a checkpoint as arrays, by name."""
-    return {name: np.concatenate([*w.blocks()]).reshape(w.shape) for name, w in checkpoint.weights.items()}
-
-
-def params(checkpoint):
-    arrays = weights(checkpoint)
-    names = parameter_shapes(abstract_params(checkpoint.config))
-    tree = jax.tree.structure(abstract_params(checkpoint.config))
-    return jax.tree.unflatten(tree, [arrays[name].astype(checkpoint.config.dtype) for name in names])
-
-
 def check_against_oracle(file, name):
     checkpoint = ours.open_checkpoint(file, dtype="float32")
     oracle = np.load(HF / name / "oracle.npz")
-    logits, _ = jax.jit(forward, static_argnums=1)(params(checkpoint), checkpoint.config, oracle["tokens"])
+    logits, _ = jax.jit(forward, static_argnums=1)(
+        params_of(checkpoint, checkpoint.config.dtype), checkpoint.config, oracle["tokens"]
+    )
     np.testing.assert_allclose(logits, oracle["logits"], atol=2e-4, rtol=0)
     return checkpoint
 
@@ -315,7 +305,7 @@ def test_every_type_through_the_whole_path(tmp_path, monkeypatch, name):
     assert checkpoint.config.dtype == {"F32": "float32", "BF16": "bfloat16"}.get(name, "float16")
 
     monkeypatch.setattr("jaxllm.convert.checkpoint.BLOCK", 7 * dim)  # some rows at a time
-    found = weights(checkpoint)
+    found = arrays_of(checkpoint)
     layer = {key.split(".")[-2]: tensor for key, tensor in whole.items()}
     size, group = dim // n_heads, n_heads // n_kv_heads
     wqkv = np.zeros((n_kv_heads, group + 2, size, dim), np.float32)
@@ -369,7 +359,7 @@ def test_without_the_gguf_package(tmp_path, monkeypatch):
     types = {"output.weight": TYPES["Q8_0"]}
     write(tmp_path / "quantized", tensors, SIZES | {"embedding_length": 32}, types=types)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert weights(ours.open_checkpoint(tmp_path / "float"))
+    assert arrays_of(ours.open_checkpoint(tmp_path / "float"))
     with pytest.raises(InputError, match="pip install gguf"):
         ours.open_checkpoint(tmp_path / "quantized")
 
@@ -466,7 +456,7 @@ def test_sentencepiece(tmp_path, prefix):
     assert files.keys() == {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
     save(tmp_path / "out", checkpoint.config, checkpoint.weights, files)
     model = load(tmp_path / "out")
-    np.testing.assert_array_equal(model.params.embed, weights(checkpoint)["embed"])
+    np.testing.assert_array_equal(model.params.embed, arrays_of(checkpoint)["embed"])
     tokenizer = model.tokenizer
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (512, 1, (2,))
     cases = json.loads((DATA / "spm-small.json").read_text())["cases"]
@@ -530,7 +520,7 @@ ORACLE = json.loads((DATA / "smollm2-135m.json").read_text())
 @pytest.mark.slow
 def test_smollm2_against_transformers(smollm2):
     checkpoint = ours.open_checkpoint(smollm2, dtype="float32")
-    config, arrays = checkpoint.config, jax.tree.map(jax.numpy.asarray, params(checkpoint))
+    config, arrays = checkpoint.config, jax.tree.map(jax.numpy.asarray, params_of(checkpoint, checkpoint.config.dtype))
     run = jax.jit(forward, static_argnums=1)
     cases = ORACLE["prompts"] + ORACLE["chat"]
     for case in cases:
@@ -695,7 +685,7 @@ def opened(tmp_path, content):
     """Open these bytes and read all weights."""
     file = tmp_path / "content"
     file.write_bytes(content)
-    return weights(ours.open_checkpoint(file))
+    return arrays_of(ours.open_checkpoint(file))
 
 
 def entry(content, name):
@@ -816,6 +806,6 @@ def test_fuzz_of_settings(tmp_path_factory, keys):
     sizes = {f"llama.{name}": size for name, size in SIZES.items()}
     file = write(tmp_path_factory.getbasetemp() / "settings", small(), {}, **(sizes | keys))
     try:
-        weights(ours.open_checkpoint(file))
+        arrays_of(ours.open_checkpoint(file))
     except InputError as error:
         assert "\n" not in str(error)

@@ -8,13 +8,12 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import DATA, TOKENIZER, as_arrays, as_stored, tree
+from conftest import DATA, TOKENIZER, arrays_of, as_arrays, as_stored, params_of, resident_bytes, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,28 +63,13 @@ def write_sharded(folder, tensors, count=3, name=WEIGHTS, write=write_safetensor
     (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
-def arrays(checkpoint):
-    """Every weight of a checkpoint, whole."""
-    return {
-        name: np.concatenate([block.reshape(-1) for block in weight.blocks()]).reshape(weight.shape)
-        for name, weight in checkpoint.weights.items()
-    }
-
-
 def stored(checkpoint):
-    return {name: as_stored(array) for name, array in arrays(checkpoint).items()}
+    return {name: as_stored(array) for name, array in arrays_of(checkpoint).items()}
 
 
 def model(checkpoint):
     """The Params of a checkpoint and its config, in float32."""
-    config = replace(checkpoint.config, dtype="float32")
-    abstract = abstract_params(config)
-    found = arrays(checkpoint)
-    assert {name: array.shape for name, array in found.items()} == {
-        name: leaf.shape for name, leaf in parameter_shapes(abstract).items()
-    }
-    leaves = [found[name].astype(np.float32) for name in parameter_shapes(abstract)]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves), config
+    return params_of(checkpoint, "float32"), replace(checkpoint.config, dtype="float32")
 
 
 run_forward = jax.jit(forward, static_argnums=1)
@@ -155,7 +139,7 @@ def test_sliding_window_against_transformers(folder, name, family, changes):
 def test_fixture_bit_for_bit(name):
     """Head by head, against the rows that transformers' view(heads, H) gives each head."""
     checkpoint = hf.open_checkpoint(FIXTURES[name])
-    config, ours, theirs = checkpoint.config, arrays(checkpoint), tensors_of(FIXTURES[name])
+    config, ours, theirs = checkpoint.config, arrays_of(checkpoint), tensors_of(FIXTURES[name])
     assert config.tied == (OUTPUT not in theirs) == ("output" not in ours)
     for i in range(config.n_layers):
         q, k, v = (
@@ -256,13 +240,13 @@ def test_dtype(folder):
 
 def test_parts_of_one_weight_in_several_types(folder):
     source = folder()
-    expected = arrays(hf.open_checkpoint(source))
+    expected = arrays_of(hf.open_checkpoint(source))
     tensors = tensors_of(source)
     tensors |= {WQ: tensors[WQ].astype(np.float32), WK: tensors[WK].astype(np.float16)}
     expected["layers.1.wqkv"] = expected["layers.1.wqkv"].astype(np.float32)
     expected["layers.1.wqkv"][:, 2] = tensors[WK].reshape(2, 16, 64)  # float16 cannot express all of bfloat16
     write_safetensors(source / WEIGHTS, tensors)
-    found = arrays(hf.open_checkpoint(source, dtype="float32"))
+    found = arrays_of(hf.open_checkpoint(source, dtype="float32"))
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array.astype(np.float32), strict=True)
 
@@ -377,15 +361,11 @@ def test_what_was_read_is_no_longer_held_in_memory(folder, monkeypatch, kind):
     monkeypatch.setattr(checkpoint_module, "BLOCK", 1 << 18)
     found = hf.open_checkpoint(source)
 
-    def resident():
-        regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
-        return sum(int(re.search(r"Rss: +(\d+) kB", r)[1]) * 1024 for r in regions if str(source) in r)
-
     peak = 0
     for weight in found.weights.values():
         for _ in weight.blocks():
             pass
-        peak = max(peak, resident())
+        peak = max(peak, resident_bytes(source))
     size = (source / kind).stat().st_size
     assert size > 6e7 and peak < size / 8
 

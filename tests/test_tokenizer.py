@@ -1,6 +1,6 @@
 """The tokenizer against sentencepiece and tokenizers themselves, a plain BPE, and stored answers.
 
-data/spm-small.json and data/tokenizers/hf-tokenizers.json hold these.
+data/spm-small.json and data/hf-tokenizers.json hold these.
 """
 
 import base64
@@ -273,10 +273,9 @@ print(refused, len(files))
 
 # Hugging Face's tokenizer.json
 
-HF = DATA / "tokenizers"
-HF_STORED = json.loads((HF / "hf-tokenizers.json").read_text(encoding="utf-8"))
+HF_STORED = json.loads((DATA / "hf-tokenizers.json").read_text(encoding="utf-8"))
 HF_CASES = [(name, case) for name, key in (("llama3", "llama3"), ("qwen2", "qwen")) for case in HF_STORED[key]]
-QWEN, LLAMA3 = HF / "qwen2" / "tokenizer.json", HF / "llama3" / "tokenizer.json"
+QWEN, LLAMA3 = (DATA / "hf" / name / "tokenizer.json" for name in ("qwen2", "llama3-scaled-rope"))
 HF_VOCAB = {"llama3": 377, "qwen2": 375}
 HF_SPECIAL = {"llama3": range(372, 377), "qwen2": range(372, 375)}
 NAMES = re.compile(r"<\|(?:begin_of_text|(?:start|end)_header_id|eot_id|endoftext|im_start|im_end)\|>")
@@ -286,7 +285,7 @@ stored_case = pytest.mark.parametrize(("name", "case"), HF_CASES, ids=[f"{n}-{as
 @pytest.fixture(scope="module")
 def hf():
     """Our tokenizer and the tokenizers package's own, for each stored file."""
-    files = {name: HF / name / "tokenizer.json" for name in HF_VOCAB}
+    files = {"llama3": LLAMA3, "qwen2": QWEN}
     return {name: (load_tokenizer(file), tokenizers.Tokenizer.from_file(str(file))) for name, file in files.items()}
 
 
