@@ -9,7 +9,6 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,9 @@ import numpy as np
 from jaxllm.config import ModelConfig, RopeScaling
 from jaxllm.convert.checkpoint import Checkpoint, Tensor, equal, model_weights, tokenizer_name
 from jaxllm.errors import InputError, ModelError
+from jaxllm.loader import advise
 from jaxllm.model import rope_frequencies
+from jaxllm.tokenizer import LLAMA3_DIGITS, LLAMA3_SPLIT
 
 MAX_HEADER = 64 << 20  # bytes of settings, tokenizer and list of tensors; real ones have up to 20 MB
 MAX_ENTRIES = 1 << 16  # of settings and of tensors; real ones have some dozens and up to 1500
@@ -110,23 +111,20 @@ class _Pre:
 
 def _pattern(digits):
     """The steps for the words of tiktoken's cl100k_base, with runs of digits cut as in LLaMA 3 or Qwen 2."""
-    regex = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    regex = LLAMA3_SPLIT.replace(LLAMA3_DIGITS, digits)
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     return [split, _BYTE_LEVEL | {"use_regex": False}]
 
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # GPT-2's words
-_LLAMA3 = _Pre(_pattern(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+_LLAMA3 = _Pre(_pattern(LLAMA3_DIGITS), ignore_merges=True, add_bos=True)
 _PRE = {
     "default": _Pre([_BYTE_LEVEL]),
     "gpt-2": _Pre([_BYTE_LEVEL]),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "dbrx": _Pre(_pattern(r"\p{N}{1,3}")),  # Phi-4
+    "dbrx": _Pre(_pattern(LLAMA3_DIGITS)),  # Phi-4
     "qwen2": _Pre(_pattern(r"\p{N}"), nfc=True),
     "deepseek-r1-qwen": _Pre(_pattern(r"\p{N}")),
     "smollm": _Pre([{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]),
@@ -191,9 +189,8 @@ class Stored:
             dequantize, types = _gguf()
             with np.errstate(all="ignore"):  # a scale may be NaN
                 rows = dequantize(raw.reshape(shape[0], row), types(self.code)).reshape(shape)
-        with suppress(AttributeError):  # on Windows
-            # pages of a mapped file that were read count as this process's memory until they are given back
-            self.data.madvise(mmap.MADV_DONTNEED)
+        # pages of a mapped file that were read count as this process's memory until they are given back
+        advise(np.frombuffer(self.data, np.uint8), "MADV_DONTNEED")
         return rows
 
 

@@ -253,15 +253,14 @@ def choose(op: str, impl: str, dtype, facts: Mapping[str, int]) -> Implementatio
             raise InputError(f"{op}: {name} cannot do this: {reason}; choose another, or auto")
         return IMPLEMENTATIONS[op][name]
     facts = {**facts, "dtype": jnp.dtype(dtype).name}
-    return next(
-        each for each in IMPLEMENTATIONS[op].values() if not objection(each, dtype, facts) and _first(each, facts)
-    )
+    table = IMPLEMENTATIONS[op].values()
+    return next(each for each in table if not objection(each, dtype, facts) and _is_fastest(each, facts))
 
 
-def _first(implementation, facts):
+def _is_fastest(implementation, facts):
     """Whether auto takes an implementation for a call that it supports."""
-    regions = implementation.auto
-    return regions is None or any(all(facts[fact] in allowed for fact, allowed in region.items()) for region in regions)
+    calls = implementation.auto
+    return calls is None or any(all(facts[fact] in allowed for fact, allowed in call.items()) for call in calls)
 
 
 def _wanted(impl, op):
@@ -354,11 +353,9 @@ def main(argv=None):
         for name, implementation in table.items():
             reason = objection(implementation)
             calls = implementation.auto
-            where = (
-                "where it supports the call"
-                if calls is None
-                else " and ".join(f"for {', '.join(_facts(call))}" for call in calls)
-            )
+            where = "where it supports the call"
+            if calls is not None:
+                where = " and ".join(f"for {', '.join(_facts(call))}" for call in calls)
             here = reason or ("auto comes to the ones above first" if taken else f"auto takes it {where}")
             taken |= not reason and not implementation.limits and implementation.dtypes is None and calls is None
             print(f"  {name:<8} {_supports(implementation)}\n           {here}")

@@ -25,8 +25,10 @@ REMEDY = "give a tokenizer.model (SentencePiece, or LLaMA 3's tiktoken vocabular
 BYTES_AS_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\N{REPLACEMENT CHARACTER}")
 
 # Source: Meta's llama_models, llama3/tokenizer.py.  LLaMA 3.0 calls those reserved that 3.1 gave a meaning.
+LLAMA3_DIGITS = r"\p{N}{1,3}"
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{LLAMA3_DIGITS}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIAL = [
