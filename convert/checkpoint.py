@@ -1,6 +1,6 @@
 """What every format of a checkpoint comes down to: a config, weights by the model folder's names, a tokenizer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,35 @@ def equal(a: Tensor, b: Tensor) -> bool:
 def half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Reorder each head's rows from adjacent RoPE pairs (2i, 2i + 1) to pairs (i, i + H/2)."""
     return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def part_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by the names of `model_weights`, those of a layer without its number."""
+    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return {
+        "embed": (config.vocab_size, config.dim),
+        "output": (config.vocab_size, config.dim),
+        "norm": (config.dim,),
+        "attn_norm": (config.dim,),
+        "q": (q_rows, config.dim),
+        "k": (kv_rows, config.dim),
+        "v": (kv_rows, config.dim),
+        "q_bias": (q_rows,),
+        "k_bias": (kv_rows,),
+        "v_bias": (kv_rows,),
+        "q_norm": (config.head_dim,),
+        "k_norm": (config.head_dim,),
+        "o": (config.dim, q_rows),
+        "ffn_norm": (config.dim,),
+        "gate": (config.ffn_dim, config.dim),
+        "up": (config.ffn_dim, config.dim),
+        "down": (config.dim, config.ffn_dim),
+    }
+
+
+def stored_shape(shapes: Mapping[str, tuple[int, ...]], parts: Sequence[str]) -> tuple[int, ...]:
+    """The shape of a stored tensor that holds these parts of `part_shapes` one below the other."""
+    return sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:]
 
 
 def model_weights(

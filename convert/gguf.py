@@ -16,7 +16,15 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.config import ModelConfig, RopeScaling
-from jaxllm.convert.checkpoint import Checkpoint, Tensor, equal, model_weights, tokenizer_name
+from jaxllm.convert.checkpoint import (
+    Checkpoint,
+    Tensor,
+    equal,
+    model_weights,
+    part_shapes,
+    stored_shape,
+    tokenizer_name,
+)
 from jaxllm.errors import InputError, ModelError
 from jaxllm.loader import advise
 from jaxllm.model import rope_frequencies
@@ -390,12 +398,12 @@ def _check_tensors(tensors, config, family, architecture):
     """Raise unless the tensors are those that a model of this config has, and as large."""
     if config.n_layers > len(tensors):  # before names are made for so many
         raise _damaged(f"{architecture}.block_count is {config.n_layers}, and there are {len(tensors)} tensors")
-    shapes = _shapes(config)
+    shapes = part_shapes(config)
     expected = {"token_embd.weight": shapes["embed"], "output_norm.weight": shapes["norm"]}
     if not config.tied:
         expected["output.weight"] = shapes["embed"]
     for stored, parts in _layer(family).items():
-        shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
+        shape = stored_shape(shapes, parts)
         expected |= {f"blk.{i}.{stored}": shape for i in range(config.n_layers)}
     for name, shape in expected.items():
         tensor = _tensor(tensors, name)
@@ -416,29 +424,6 @@ def _check_tensors(tensors, config, family, architecture):
             f"has the tensor {_show(extra[0])}, which no {architecture} with block_count={config.n_layers} has; "
             f"{_OTHER_KIND}"
         )
-
-
-def _shapes(config):
-    """The shape of every tensor by the names of `model_weights`, those of a layer without its number."""
-    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "embed": (config.vocab_size, config.dim),
-        "norm": (config.dim,),
-        "attn_norm": (config.dim,),
-        "q": (q_rows, config.dim),
-        "k": (kv_rows, config.dim),
-        "v": (kv_rows, config.dim),
-        "q_bias": (q_rows,),
-        "k_bias": (kv_rows,),
-        "v_bias": (kv_rows,),
-        "q_norm": (config.head_dim,),
-        "k_norm": (config.head_dim,),
-        "o": (config.dim, q_rows),
-        "ffn_norm": (config.dim,),
-        "gate": (config.ffn_dim, config.dim),
-        "up": (config.ffn_dim, config.dim),
-        "down": (config.dim, config.ffn_dim),
-    }
 
 
 def _layer(family):
@@ -466,7 +451,7 @@ def _named(tensors, config, family) -> Mapping[str, Tensor]:
     named = {"embed": tensors["token_embd.weight"], "norm": tensors["output_norm.weight"]}
     if not config.tied:
         named["output"] = tensors["output.weight"]
-    shapes = _shapes(config)
+    shapes = part_shapes(config)
     for i in range(config.n_layers):
         for stored, parts in _layer(family).items():
             first = 0

@@ -15,7 +15,15 @@ import numpy as np
 
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.convert import pth
-from jaxllm.convert.checkpoint import Checkpoint, blocks, equal, model_weights, tokenizer_name
+from jaxllm.convert.checkpoint import (
+    Checkpoint,
+    blocks,
+    equal,
+    model_weights,
+    part_shapes,
+    stored_shape,
+    tokenizer_name,
+)
 from jaxllm.errors import ModelError
 from jaxllm.loader import TOKENIZERS, advise, read_safetensors
 
@@ -386,6 +394,7 @@ def _name_parts(file, config, family, found):
             f"one missing?"
         )
     expected = _expected(config, family, found)
+    shapes = part_shapes(config) | {"o_bias": (config.dim,)}
     for name, (holder, _) in found.items():
         if name not in expected and ".rotary_emb." not in name:  # RoPE's frequencies, which config.json implies
             raise ModelError(
@@ -393,11 +402,12 @@ def _name_parts(file, config, family, found):
                 f"it quantized, or an adapter, or is config.json another model's?"
             )
     tensors = {}
-    for name, (parts, columns) in expected.items():
+    for name, parts in expected.items():
         if name not in found:
             raise ModelError(f"{file.parent}: no file holds {name}, which config.json asks for; is one missing?")
         holder, array = found[name]
-        shape = (sum(parts.values()), *columns)
+        kinds = [part.rpartition(".")[2] for part in parts]
+        shape = stored_shape(shapes, kinds)
         if array.shape != shape:
             raise ModelError(
                 f"{holder}: {name} is {list(array.shape)}, and config.json makes it {list(shape)}; is that another "
@@ -406,46 +416,40 @@ def _name_parts(file, config, family, found):
         if array.dtype.name not in DTYPES:
             raise ModelError(f"{holder}: {name} is {array.dtype}; supported are {', '.join(DTYPES)}")
         start = 0
-        for ours, count in parts.items():
-            tensors[ours] = Mapped(array[start : start + count])
-            start += count
+        for part, kind in zip(parts, kinds, strict=True):
+            stop = start + shapes[kind][0]
+            tensors[part] = Mapped(array[start:stop])
+            start = stop
     return tensors
 
 
 def _expected(config, family, found):
-    """For each stored tensor how its rows divide into tensors by the names of `model_weights`, and its other axes."""
-    dim, ffn_dim = config.dim, config.ffn_dim
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    heads = {"q": q, "k": kv, "v": kv}
+    """For each stored tensor the names in `model_weights` of what it holds, one below the other."""
     if family.fused:
-        layer = {
-            "self_attn.qkv_proj.weight": (heads, (dim,)),
-            "mlp.gate_up_proj.weight": ({"gate": ffn_dim, "up": ffn_dim}, (dim,)),
-        }
+        layer = {"self_attn.qkv_proj.weight": ["q", "k", "v"], "mlp.gate_up_proj.weight": ["gate", "up"]}
     else:
-        layer = {f"self_attn.{name}_proj.weight": ({name: count}, (dim,)) for name, count in heads.items()}
-        layer |= {f"mlp.{name}_proj.weight": ({name: ffn_dim}, (dim,)) for name in ("gate", "up")}
+        layer = {f"self_attn.{name}_proj.weight": [name] for name in "qkv"}
+        layer |= {f"mlp.{name}_proj.weight": [name] for name in ("gate", "up")}
     layer |= {
-        "input_layernorm.weight": ({"attn_norm": dim}, ()),
-        "self_attn.o_proj.weight": ({"o": dim}, (q,)),
-        "post_attention_layernorm.weight": ({"ffn_norm": dim}, ()),
-        "mlp.down_proj.weight": ({"down": dim}, (ffn_dim,)),
+        "input_layernorm.weight": ["attn_norm"],
+        "self_attn.o_proj.weight": ["o"],
+        "post_attention_layernorm.weight": ["ffn_norm"],
+        "mlp.down_proj.weight": ["down"],
     }
     if config.attention_bias:
-        layer |= {f"self_attn.{name}_proj.bias": ({f"{name}_bias": count}, ()) for name, count in heads.items()}
+        layer |= {f"self_attn.{name}_proj.bias": [f"{name}_bias"] for name in "qkv"}
     if config.qk_norm:
-        layer |= {f"self_attn.{name}.weight": ({name: config.head_dim}, ()) for name in ("q_norm", "k_norm")}
+        layer |= {f"self_attn.{name}.weight": [name] for name in ("q_norm", "k_norm")}
 
-    expected = {EMBED: ({"embed": config.vocab_size}, (dim,)), "model.norm.weight": ({"norm": dim}, ())}
+    expected = {EMBED: ["embed"], "model.norm.weight": ["norm"]}
     if OUTPUT in found:
-        expected[OUTPUT] = {"output": config.vocab_size}, (dim,)
+        expected[OUTPUT] = ["output"]
     for i in range(config.n_layers):
         own = layer
         if f"model.layers.{i}.self_attn.o_proj.bias" in found and config.attention_bias:
-            own = layer | {"self_attn.o_proj.bias": ({"o_bias": dim}, ())}
-        for name, (parts, columns) in own.items():
-            ours = {f"layers.{i}.{part}": count for part, count in parts.items()}
-            expected[f"model.layers.{i}.{name}"] = ours, columns
+            own = layer | {"self_attn.o_proj.bias": ["o_bias"]}
+        for name, parts in own.items():
+            expected[f"model.layers.{i}.{name}"] = [f"layers.{i}.{part}" for part in parts]
     return expected
 
 
