@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from jaxllm.kernels.launch import launch, shared_memory
-from jaxllm.kernels.matmul import _byte
+from jaxllm.kernels.matmul import signed_byte
 
 FEW_ROWS = 128  # up to here reading k and v takes the time, and slots are split; above, multiplying does
 # of the kernel for one query: programs that there should be, 4 for each of an H100's 132 multiprocessors; warps of
@@ -25,8 +25,8 @@ ONE_QUERY_PROGRAMS, WARPS, DEEP = 528, 4, 4
 def _numbers(words, zero, dtype: tl.constexpr, WIDTH: tl.constexpr):
     """float32 [rows, WIDTH] of words [rows, ...] of numbers; of int8, the odd ones times 256."""
     if dtype == tl.int8:
-        even = tl.join(_byte(words, zero, 0), _byte(words >> 16, zero, 0))
-        odd = tl.join(_byte(words, zero, 1), _byte(words >> 16, zero, 1))
+        even = tl.join(signed_byte(words, zero, 0), signed_byte(words >> 16, zero, 0))
+        odd = tl.join(signed_byte(words, zero, 1), signed_byte(words >> 16, zero, 1))
         numbers = tl.join(even, odd)
     elif dtype == tl.float32:
         numbers = words.to(tl.float32, bitcast=True)
@@ -59,7 +59,7 @@ def _attend_one(
     dtype: tl.constexpr = k.dtype.element_ty
     PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     WORDS: tl.constexpr = H // PER_WORD  # of a slot
-    zero = tl.program_id(2)  # of which the compiler does not know it: see _byte
+    zero = tl.program_id(2)  # of which the compiler does not know it: see signed_byte
     head = tl.program_id(0)
     split = tl.program_id(1)
     at = tl.arange(0, WIDTH)

@@ -53,7 +53,7 @@ def _load_chunks(pointer, number, IN: tl.constexpr, C: tl.constexpr, CHUNKS: tl.
 
 
 @triton.jit
-def _byte(word, zero, NUMBER: tl.constexpr):
+def signed_byte(word, zero, NUMBER: tl.constexpr):
     """The signed byte 0 of a word as float32, or byte 1 times 256."""
     # the hardware converts integers at a quarter of the rate at which it adds.  The byte with its sign flipped, which
     # is 128 more, becomes the low bits of the mantissa of 2^23, and one subtraction leaves the number, exactly
@@ -78,10 +78,10 @@ def _products(acc, w, x, dtype: tl.constexpr, PER_WORD: tl.constexpr):
         # the two operations on bits are one instruction if one of their constants is in a register, which takes a zero
         # that the compiler does not know: grids have one axis
         zero = tl.program_id(1)
-        acc += _byte(w, zero, 0) * x0[None, :]
-        acc += _byte(w, zero, 1) * (x1 / 256)[None, :]
-        acc += _byte(w >> 16, zero, 0) * x2[None, :]
-        acc += _byte(w >> 16, zero, 1) * (x3 / 256)[None, :]
+        acc += signed_byte(w, zero, 0) * x0[None, :]
+        acc += signed_byte(w, zero, 1) * (x1 / 256)[None, :]
+        acc += signed_byte(w >> 16, zero, 0) * x2[None, :]
+        acc += signed_byte(w >> 16, zero, 1) * (x3 / 256)[None, :]
     return acc
 
 
@@ -196,7 +196,7 @@ def _as_operand(w, dtype: tl.constexpr):
     if w.dtype == tl.int8 and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(INT8_TO_BFLOAT16, "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
     if w.dtype == tl.int8 and dtype != tl.int8:
-        w = _byte(w.to(tl.int32), 0, 0)
+        w = signed_byte(w.to(tl.int32), 0, 0)
     return w.to(dtype)
 
 
@@ -314,7 +314,7 @@ def _join(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-def one_row_blocks(outputs, inputs, dtype, x_dtype):
+def one_row_blocks(inputs, dtype, x_dtype):
     """How the kernel for one row is cut: a program's rows of w, and the chunks of 16 bytes of a row at a time."""
     chunks = triton.next_power_of_2(triton.cdiv(inputs * dtype.itemsize, 16))
     # an int8 chunk stands against 16 inputs, which as float32 are as many registers; more rows share the work on them
@@ -400,7 +400,7 @@ def matmul(x, w, scale=None, norm=None, eps=0.0, residual=None, gated=False, dty
         if norm is not None:
             x = rms_norm(x, norm, eps)  # every program would have to read whole rows
         return _launch_tiles(x, None, w, scale, residual, gated, out)
-    blocks = one_row_blocks(w.size // w.shape[-1], x.shape[-1], w.dtype, x.dtype)
+    blocks = one_row_blocks(x.shape[-1], w.dtype, x.dtype)
     return launch(
         _one_row,
         x,
