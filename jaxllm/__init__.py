@@ -15,6 +15,7 @@ _HOMES = {
     "Model": "loader",
     "generate": "generate",
     "stream": "generate",
+    "Conversation": "generate",
     "Generation": "generate",
     "Result": "generate",
     "forward": "model",

@@ -58,7 +58,12 @@ class ChatTemplate:
         command = [sys.executable, "-P", chat_template.__file__]
         try:
             done = subprocess.run(
-                command, input=json.dumps(asked), capture_output=True, text=True, timeout=2 * chat_template.SECONDS
+                command,
+                input=json.dumps(asked),
+                capture_output=True,
+                text=True,
+                timeout=2 * chat_template.SECONDS,
+                process_group=0,  # a terminal sends Ctrl-C to all of ours
             )
             answer = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError):  # no answer: the system ended it
@@ -90,11 +95,12 @@ class ChatTemplate:
         return [id for part in self.render(cut).split(CUT) for id in tokenizer.encode(part, bos=False, special=True)]
 
 
-def load_template(folder: Path, given: str | None = None) -> ChatTemplate:
+def load_template(folder: str | Path, given: str | Path | None = None) -> ChatTemplate:
     """The chat template of a model folder, or the one that is given: a file, or "llama2".
 
     Raises InputError when there is none, and ModelError naming the file when it cannot be used.
     """
+    folder = Path(folder)
     settings = _read_config(folder / CONFIG)
     # a model without them in its settings has LLaMA's, which its tokenizer may know or not
     variables = {name: _text(settings.get(name)) or default for name, default in _TOKENS.items()}

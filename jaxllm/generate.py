@@ -2,26 +2,28 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 import types
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm import resources
-from jaxllm.chat import load_template
+from jaxllm.chat import ChatTemplate, load_template
 from jaxllm.config import KV_CACHES, preset
 from jaxllm.errors import ArgumentParser, InputError, run_command
 from jaxllm.loader import Model, load, open_folder, plan_folder
 from jaxllm.model import MATRICES
 from jaxllm.ops import check_implementations
-from jaxllm.pipeline import cache_slots, generate_tokens, row_limits
+from jaxllm.pipeline import Session, cache_slots, generate_tokens, row_limits
 from jaxllm.quantize import SCHEMES
 from jaxllm.sampling import Sampling
 
@@ -51,12 +53,14 @@ GPU_MEMORY = {
 }
 GPU_MEMORY_TOO = ("XLA_PYTHON_CLIENT_MEM_FRACTION",)  # another way for the user to decide
 
+COMMANDS = "/reset begins anew"  # of a conversation
+
 _IMPORTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one prompt.
+    """What became of one prompt, given as this text or as ids that read so.
 
     prompt_tokens and tokens are ids; text is what tokens read as behind the prompt, without the stop string that ended
     it; finish_reason is "stop" (end of sequence, or a stop string), "length" (max_new_tokens or the context is full) or
@@ -75,32 +79,36 @@ class Result:
 class Generation:
     """A batch of prompts being continued: iterate for (row, text) pieces as they come; `results` is what came so far.
 
-    Arguments as in `generate`; ids, if given, are the prompts' token ids.  The pieces of a row joined are its text.
+    Arguments as in `generate`; with session the one prompt continues what that holds, whose slots are its max_len.  The
+    pieces of a row joined are its text.
     """
 
-    def __init__(self, model, prompts, sampling=None, max_new_tokens=128, stop=(), max_len=None, ids=None):
-        _check_texts(prompts, stop)
-        self._model, self._prompts = model, list(prompts)
-        self._ids = [model.tokenizer.encode(prompt) for prompt in self._prompts] if ids is None else ids
+    def __init__(self, model, prompts, sampling=None, max_new_tokens=128, stop=(), max_len=None, session=None):
+        self._ids = _encoded(model.tokenizer, prompts)
+        _check_texts("stop string", stop)
+        self._model = model
+        self._prompts = [p if isinstance(p, str) else None for p in prompts]  # None: given as ids
         self._sampling = Sampling() if sampling is None else sampling
-        self._seeds = self._sampling.rows(len(self._prompts)).seed.tolist()
+        self._seeds = self._sampling.rows(len(self._ids)).seed.tolist()
         self._stop = tuple(stop)
-        self._tokens: list[list[int]] = [[] for _ in self._prompts]
-        self._text = [""] * len(self._prompts)
-        self._held = [""] * len(self._prompts)  # text that may turn out to be the start of a stop string
-        self._finish: list[str | None] = [None] * len(self._prompts)
+        self._tokens: list[list[int]] = [[] for _ in self._ids]
+        self._text = [""] * len(self._ids)
+        self._held = [""] * len(self._ids)  # text that may turn out to be the start of a stop string
+        self._finish: list[str | None] = [None] * len(self._ids)
         self._times: list[tuple[float, float, int]] = []  # clock, seconds of compilation so far, tokens chosen so far
-        self._limits = row_limits(model.config, self._ids, max_new_tokens, max_len)
+        self._limits = row_limits(model.config, self._ids, max_new_tokens, session.slots if session else max_len)
+        self._prefilled = sum(map(len, self._ids))
         model.check()
-        slots = cache_slots(self._ids, self._limits, max_len or model.config.max_len)
-        devices = model.params.norm.devices()
-        if len(devices) == 1:  # params that a caller has split over several are that caller's business
-            plan = resources.plan(model.config, len(self._ids), slots)
-            free = resources.free_memory(*devices)
-            resources.require_memory(plan, free, weights_loaded=True, least=max(map(len, self._ids)) + 1)
-        self._chunks = generate_tokens(
-            model.params, model.config, self._ids, self._sampling, max_new_tokens, model.tokenizer.eos_ids, max_len
-        )
+        eos_ids = model.tokenizer.eos_ids
+        if session:
+            self._chunks = session.generate_tokens(self._ids[0], self._sampling, max_new_tokens, eos_ids)
+            self._prefilled -= session.reused
+        else:
+            slots = cache_slots(self._ids, self._limits, max_len or model.config.max_len)
+            _require_memory(model, len(self._ids), slots, least=max(map(len, self._ids)) + 1)
+            self._chunks = generate_tokens(
+                model.params, model.config, self._ids, self._sampling, max_new_tokens, eos_ids, max_len
+            )
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -168,8 +176,9 @@ class Generation:
         """One Result a prompt; a row that was not finished has finish_reason "interrupted" and all its text so far."""
         stats = self.stats
         texts = map("".join, zip(self._text, self._held, strict=True))
+        decode = self._model.tokenizer.decode
         return [
-            Result(prompt, ids, tokens, text, finish or "interrupted", seed, stats)
+            Result(decode(ids) if prompt is None else prompt, ids, tokens, text, finish or "interrupted", seed, stats)
             for prompt, ids, tokens, text, finish, seed in zip(
                 self._prompts, self._ids, self._tokens, texts, self._finish, self._seeds, strict=True
             )
@@ -192,7 +201,7 @@ class Generation:
             (t0, c0, _), (t1, c1, n1) = self._times[:2]
             stats["prefill_compile_s"] = c1 - c0
             stats["prefill_s"] = max(t1 - t0 - (c1 - c0), 1e-9)
-            stats["prefill_tokens_per_s"] = sum(map(len, self._ids)) / stats["prefill_s"]
+            stats["prefill_tokens_per_s"] = self._prefilled / stats["prefill_s"]
             t2, c2, n2 = self._times[-1]
             if n2 > n1:
                 stats["decode_tokens_per_s"] = (n2 - n1) / max(t2 - t1 - (c2 - c1), 1e-9)
@@ -212,15 +221,50 @@ class Generation:
         return (weights + filled * 2 * config.n_layers * config.n_kv_heads * width) // len(self._ids)
 
 
-def _check_texts(prompts, stop):
+def _encoded(tokenizer, prompts):
+    """The token ids of prompts, each a text or ids already; raises InputError for what is neither."""
+    _check_list("prompt", prompts)
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            _check_text("prompt", i, prompt)
+            encoded.append(tokenizer.encode(prompt))
+            continue
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of several lengths
+            ids = np.empty((0, 0))
+        if ids.ndim != 1 or ids.size and not np.issubdtype(ids.dtype, np.integer):
+            got = type(prompt).__name__
+            raise InputError(f"prompt {i} is of type {got}, and no list of whole numbers; give it a text, or token ids")
+        encoded.append(ids.tolist())
+    return encoded
+
+
+def _check_texts(what, texts):
     """Raise InputError for prompts or stop strings that no model is needed to refuse."""
-    for what, texts in (("prompt", prompts), ("stop string", stop)):
-        if isinstance(texts, str | bytes) or not isinstance(texts, Collection):  # an iterator would be used up here
-            raise InputError(f"the {what}s are given as {type(texts).__name__}; give a list of strings")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text:
-                got = "empty" if text == "" else f"of type {type(text).__name__}"
-                raise InputError(f"{what} {i} is {got}; give it some text")
+    _check_list(what, texts)
+    for i, text in enumerate(texts):
+        _check_text(what, i, text)
+
+
+def _check_list(what, texts):
+    if isinstance(texts, str | bytes) or not isinstance(texts, Collection):  # an iterator would be used up here
+        raise InputError(f"the {what}s are given as {type(texts).__name__}; give a list of strings")
+
+
+def _check_text(what, i, text):
+    if not isinstance(text, str) or not text:
+        got = "empty" if text == "" else f"of type {type(text).__name__}"
+        raise InputError(f"{what} {i} is {got}; give it some text")
+
+
+def _require_memory(model, batch, slots, least=None):
+    """Raise InputError unless a cache of so many rows and slots fits beside a model that is loaded."""
+    devices = model.params.norm.devices()
+    if len(devices) == 1:  # params that a caller has split over several are that caller's business
+        plan = resources.plan(model.config, batch, slots)
+        resources.require_memory(plan, resources.free_memory(*devices), weights_loaded=True, least=least)
 
 
 def held_back(text: str, stop: Sequence[str]) -> int:
@@ -231,7 +275,7 @@ def held_back(text: str, stop: Sequence[str]) -> int:
 
 def generate(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     sampling: Sampling | None = None,
     max_new_tokens: int = 128,
     stop: Sequence[str] = (),
@@ -239,6 +283,7 @@ def generate(
 ) -> list[Result]:
     """Continue every prompt, as one batch: a Result for each, the same as the prompt would get alone, up to rounding.
 
+    A prompt is a text, or token ids, to which nothing is added.
     In float32 that is the same text; in bfloat16 a near tie may fall another way in a batch of another size.
     sampling is `Sampling()` by default; a text ends at an end-of-sequence token, before the first of the stop strings,
     after max_new_tokens, or where the context of max_len tokens is full (by default what the model was trained for).
@@ -252,7 +297,7 @@ def generate(
 
 def stream(
     model: Model,
-    prompt: str,
+    prompt: str | Sequence[int],
     sampling: Sampling | None = None,
     max_new_tokens: int = 128,
     stop: Sequence[str] = (),
@@ -260,6 +305,104 @@ def stream(
 ) -> Iterator[str]:
     """Continue one prompt: pieces of text as they come, never half a character.  Arguments as in `generate`."""
     return (piece for _, piece in Generation(model, [prompt], sampling, max_new_tokens, stop, max_len))
+
+
+class Conversation:
+    """A conversation with a model that was trained to chat; the cache keeps it, so that a turn prefills what is new.
+
+    system is what the model is told first; template is a ChatTemplate, or the file of one, or "llama2" (by default the
+    model's own).  sampling, max_new_tokens and stop are as in `generate`, for each answer; max_len is how many tokens
+    the whole conversation may have (by default what the model was trained for).
+    messages, a list of {"role", "content"}, is what was said so far; it may be changed between turns.
+    Raises InputError where there is no template, for settings out of range, and, before it is allocated, when the free
+    memory does not suffice for a cache of max_len tokens.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        system: str | None = None,
+        template: ChatTemplate | str | Path | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        max_len: int | None = None,
+    ):
+        if not isinstance(template, ChatTemplate):
+            if model.path is None:
+                raise InputError("the model was not loaded from a folder; give a ChatTemplate as template")
+            template = load_template(model.path, template)
+        self._model, self._system, self._template = model, system, template
+        self._sampling = Sampling() if sampling is None else sampling
+        self._seed = int(self._sampling.rows(1).seed[0])
+        self._max_new_tokens, self._stop = max_new_tokens, stop
+        _check_texts("stop string", stop)
+        row_limits(model.config, [[0]], max_new_tokens, max_len)  # whatever will be said
+        model.check()
+        slots = max_len or model.config.max_len
+        _require_memory(model, 1, slots)
+        self._session = Session(model.params, model.config, slots)
+        self._generation = self._pieces = None
+        self.messages: list[dict[str, str]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: the same messages then get the same answers."""
+        self._end()
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._generation = None
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer to a user's message, in pieces as they come; the next call, or closing the iterator, ends it.
+
+        Both messages are in `messages` from now on, the answer as far as it has come.
+        Raises InputError, and nothing is changed, for a text that is empty, or that leaves no room for an answer.
+        """
+        self._end()
+        if not isinstance(text, str) or not text.strip():
+            got = "empty" if isinstance(text, str) else f"of type {type(text).__name__}"
+            raise InputError(f"the message is {got}; give it some text")
+        said, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
+        ids = self._template.encode([*self.messages, said], self._model.tokenizer)
+        room, most = self._session.slots, self._model.config.max_len
+        if len(ids) >= room:
+            raise InputError(
+                f"with this message the conversation has {len(ids)} tokens, which leaves no room for an answer in a "
+                f"context of {room}; shorten it, or begin anew with /reset (in Python, reset())"
+                + (f", or raise max_len (up to {most})" if room < most else "")
+            )
+        # not the draws of the turn before, and not those of a conversation with the next seed
+        turn = sum(message["role"] == "assistant" for message in self.messages)
+        seed = int(np.random.SeedSequence((self._seed, turn)).generate_state(1)[0]) if turn else self._seed
+        self._generation = Generation(
+            self._model,
+            [ids],
+            replace(self._sampling, seed=seed),
+            self._max_new_tokens,
+            self._stop,
+            session=self._session,
+        )
+        self.messages += said, answer
+        self._pieces = self._answer(self._generation, answer)
+        return self._pieces
+
+    def _answer(self, generation, answer):
+        try:
+            for _, piece in generation:
+                answer["content"] += piece
+                yield piece
+        finally:  # also what was held back, of an answer that ends here
+            answer["content"] = generation.results[0].text
+
+    def _end(self):
+        if self._pieces is not None:
+            self._pieces.close()
+            self._pieces = None
+
+    @property
+    def result(self) -> Result | None:
+        """What became of the last message so far.  prompt is all that the model was given; seed was this turn's."""
+        return self._generation.results[0] if self._generation else None
 
 
 class _Compiling:
@@ -287,10 +430,12 @@ def main(argv: Sequence[str]) -> None:
         _print_plan(args)
         return
     prompts = _prompts(args)
-    _check_texts(prompts, args.stop)
+    _check_texts("prompt", prompts or ())
+    _check_texts("stop string", args.stop)
     sampling = _sampling(args)
-    if args.echo and args.json:
-        raise InputError("--echo can have no effect with --json, which always holds the prompt; leave one out")
+    if args.echo and (args.json or prompts is None):
+        what = "with --json, which always holds the prompt" if args.json else "in a conversation"
+        raise InputError(f"--echo can have no effect {what}; leave one out")
 
     settled = _settle_gpu_memory()
     start = time.perf_counter()
@@ -301,38 +446,45 @@ def main(argv: Sequence[str]) -> None:
         settings = " ".join(f"{name}={value}" for name, value in GPU_MEMORY.items())
         print(f"taking the GPU's memory as it is needed ({settings})", file=sys.stderr)
     start = time.perf_counter()
-    model, ids = _load(args, prompts)
+    folder = open_folder(args.model, args.tokenizer)
+    template = load_template(folder.path, args.chat_template) if args.chat else None
+    ids = None if prompts is None else [_prompt_ids(args, folder.tokenizer, template, prompt) for prompt in prompts]
+    model = _load(args, folder, ids)
     times["load_s"] = time.perf_counter() - start
     if args.model is None:
         print("no --model: using the small demonstration model inside the package", file=sys.stderr)
-    generation = Generation(model, prompts, sampling, args.max_new_tokens, args.stop, args.max_len, ids)
+    settings = sampling, args.max_new_tokens, args.stop, args.max_len
     sys.stdout.reconfigure(encoding="utf-8")
+    if prompts is None:
+        _converse(Conversation(model, args.system, template, *settings), args, times)
+        return
+    generation = Generation(model, ids, *settings)
     try:
         _print_text(generation, prompts, args, times)
     finally:  # also on Ctrl-C: what there is so far
         if args.json:
-            for result in generation.results:
-                print(json.dumps(asdict(result) | {"stats": times | result.stats}))
+            for prompt, result in zip(prompts, generation.results, strict=True):
+                _print_json(prompt, result, times)
         if args.stats:
-            _print_stats(times | generation.stats)
+            _print_stats({"first_text_s": None} | times | generation.stats)
 
 
-def _load(args, prompts):
-    """The model, if it, and a cache for these prompts, fit into memory; and the prompts' token ids."""
-    folder = open_folder(args.model, args.tokenizer)
-    if args.chat:
-        template = load_template(folder.path, args.chat_template)
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        turns = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-        ids = [template.encode(messages, folder.tokenizer) for messages in turns]
-    else:
-        ids = [folder.tokenizer.encode(prompt) for prompt in prompts]
-    limits = row_limits(folder.config, ids, args.max_new_tokens, args.max_len)
-    slots = cache_slots(ids, limits, args.max_len or folder.config.max_len)
+def _prompt_ids(args, tokenizer, template, prompt):
+    if template is None:
+        return tokenizer.encode(prompt)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return template.encode([*system, {"role": "user", "content": prompt}], tokenizer)
+
+
+def _load(args, folder, ids):
+    """The model, if it, and a cache for the prompts of these ids (None: for a conversation), fit into memory."""
+    room = args.max_len or folder.config.max_len
+    limits = row_limits(folder.config, ids or [[0]], args.max_new_tokens, args.max_len)
+    slots, least = (cache_slots(ids, limits, room), max(map(len, ids)) + 1) if ids else (room, None)
     settings = _memory_settings(args)
-    plan = plan_folder(folder, len(prompts), slots, **settings)
-    resources.require_memory(plan, resources.free_memory(), least=max(map(len, ids)) + 1)
-    return load(folder, **settings, impl=args.impl), ids
+    plan = plan_folder(folder, len(limits), slots, **settings)
+    resources.require_memory(plan, resources.free_memory(), least=least)
+    return load(folder, **settings, impl=args.impl)
 
 
 def _memory_settings(args):
@@ -385,8 +537,9 @@ def _parse(argv):
     )
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds one prompt")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a user's message, of a model trained to chat"
-    )
+        "--chat", action="store_true",
+        help="the prompt is a user's message, of a model trained to chat; without a prompt, a conversation",
+    )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
     parser.add_argument(
         "--chat-template", metavar="FILE", help="with --chat: a Jinja template, or llama2 (default: the model's own)"
@@ -413,7 +566,7 @@ def _parse(argv):
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--stats", action="store_true", help="print times and speeds to stderr")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt or turn, not its text")
     parser.add_argument("--plan", action="store_true", help="only print how much memory --model or --preset takes")
     parser.add_argument("--preset", metavar="NAME", help="with --plan: a released model, such as llama2-70b")
     parser.add_argument(
@@ -430,15 +583,18 @@ def _parse(argv):
 
 
 def _prompts(args):
+    """The prompts, or None for a conversation."""
     given = [name for name in ("stdin", "prompt", "prompt_file") if getattr(args, name) is not None]
+    if (args.stdin or args.chat and not given) and sys.stdin is None:
+        raise InputError("standard input is closed; give the prompt with --prompt")
+    if not given and args.chat:
+        return None
     if len(given) != 1:
         got = "none" if not given else "more than one"
         raise InputError(f"{got} of --prompt TEXT, --prompt-file FILE and - (standard input) is given; give one")
     if args.prompt is not None:
         return args.prompt
     source = "standard input" if args.stdin else args.prompt_file
-    if args.stdin and sys.stdin is None:
-        raise InputError("standard input is closed; give the prompt with --prompt")
     try:
         text = (sys.stdin.buffer.read() if args.stdin else args.prompt_file.read_bytes()).decode()
     except OSError as error:
@@ -459,6 +615,90 @@ def _sampling(args):
     sampling = Sampling(**settings, repetition_penalty=args.repetition_penalty, seed=args.seed)
     sampling.rows(1)  # complains before the model is loaded
     return sampling
+
+
+def _converse(conversation, args, times):
+    """Answer a user's lines until they end; on a terminal neither an error nor Ctrl-C ends it."""
+    terminal = sys.stdin.buffer.isatty()
+    if args.stats:
+        _print_stats(times)
+    if terminal:
+        print(f"a conversation: {COMMANDS}, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+    read_line = _line_reader(terminal)
+    while True:
+        try:
+            line = read_line()
+            if line is None:
+                return
+            if line == "/reset":
+                conversation.reset()
+            elif re.fullmatch(r"/\w*", line):  # a path has a second slash, or words behind it
+                raise InputError(f"no command is called {line}; {COMMANDS}; a space before it sends it to the model")
+            elif line.strip():
+                _print_answer(conversation, line.strip(), args, times, terminal)
+        except InputError as error:
+            if not terminal:  # a script should notice
+                raise
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print("\nCtrl-D leaves", file=sys.stderr)
+
+
+def _line_reader(terminal):
+    """A function that gives the user's next line, without what ends it, and None behind the last."""
+    if terminal and sys.stdout.isatty():
+        try:
+            import readline  # noqa: F401  input() then edits lines, and knows those before
+        except ImportError:  # on Windows the console does
+            pass
+
+    def read():
+        try:
+            if not terminal:
+                line = sys.stdin.buffer.readline().decode()
+                return line.rstrip() if line else None
+            if sys.stdout.isatty():
+                return input("> ").rstrip()
+            print("> ", end="", file=sys.stderr, flush=True)
+            return input().rstrip()
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except UnicodeDecodeError as error:
+            raise InputError(f"the line is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+
+    return read
+
+
+def _print_answer(conversation, line, args, times, terminal):
+    """Print the answer to a line as it comes; Ctrl-C ends it, and is raised where no terminal asks for the next."""
+    with _noted_interrupt() as pressed:
+        pieces, printed = conversation.say(line), 0
+        try:
+            for piece in pieces:
+                if not args.json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                    printed += len(piece)
+                if pressed:
+                    break
+        finally:  # also when Ctrl-C was pressed again
+            pieces.close()
+            result = conversation.result
+            if args.json:
+                _print_json(line, result, times)
+            else:
+                print(result.text[printed:], flush=True)
+            if args.stats:
+                _print_stats(result.stats)
+    if pressed and not terminal:
+        raise KeyboardInterrupt
+
+
+def _print_json(prompt, result, times):
+    print(json.dumps(asdict(result) | {"prompt": prompt, "stats": times | result.stats}), flush=True)
 
 
 def _print_text(generation, prompts, args, times):
@@ -517,7 +757,9 @@ def _noted_interrupt():
 
 def _print_stats(stats):
     def line(name, key, unit, digits=1):
-        value = stats.get(key)  # no text came, perhaps
+        if key not in stats:
+            return
+        value = stats[key]
         print(f"{name:<16} {'-' if value is None else f'{value:,.{digits}f} {unit}'}", file=sys.stderr)
 
     line("imports", "import_s", "s", 2)

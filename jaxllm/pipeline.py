@@ -5,8 +5,9 @@ Nothing here knows files or text: the parameters may come from anywhere.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from numbers import Integral
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def init_state(config: ModelConfig, batch: int, slots: int) -> State:
         step=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
     )
+
+
+@partial(jax.jit, donate_argnames="state")
+def rewind(state: State, lengths, seen) -> State:
+    """The State in which of each row only the first lengths int32 [B] tokens are left, and none was chosen.
+
+    seen bool [B, V] marks the tokens that occur among those.
+    """
+    nothing = jnp.zeros_like(lengths)
+    return State(replace(state.cache, length=lengths), nothing, seen, nothing, jnp.zeros_like(state.done))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -156,9 +167,24 @@ def cache_slots(prompts: Sequence[Sequence[int]], limits: np.ndarray, room: int)
 
 
 def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
-    lengths = np.array([len(prompt) for prompt in prompts])
     slots = cache_slots(prompts, limits, room)
-    state = init_state(config, len(prompts), slots)
+    state = _state_beside(params, config, len(prompts), slots)
+    for _, tokens in _continue(params, config, state, prompts, slots, sampling, limits, eos_ids, chunk):
+        yield tokens
+
+
+def _state_beside(params, config, batch, slots):
+    """`init_state` on the device that params are committed to, if they are to one."""
+    state = init_state(config, batch, slots)
+    if isinstance(params.norm, jax.Array) and params.norm.committed and len(params.norm.devices()) == 1:
+        # so is what the programs return, and each would be compiled for either kind of State
+        state = jax.device_put(state, params.norm.sharding)
+    return state
+
+
+def _continue(params, config, state, prompts, slots, sampling, limits, eos_ids, chunk):
+    """Prefill prompts behind what a State's rows hold, and decode: yields the State, and tokens, again and again."""
+    lengths = np.array([len(prompt) for prompt in prompts])
     for tokens, counts in _pieces(prompts, lengths, slots, largest_piece(config, len(prompts))):
         state, token = prefill(params, config, state, tokens, counts, sampling)
 
@@ -174,7 +200,7 @@ def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
         ended |= (tokens[:, -1] == -1) | np.isin(tokens, eos).any(axis=1) | (read >= limits)
         return tokens
 
-    yield receive(token[:, None])  # at once: the first token need not wait until decoding is compiled
+    yield state, receive(token[:, None])  # at once: the first token need not wait until decoding is compiled
     dispatched, waiting = 1, None
     while not ended.all():
         following = None
@@ -182,8 +208,60 @@ def _generate(params, config, prompts, sampling, limits, eos_ids, room, chunk):
             state, following = decode_chunk(params, config, state, sampling, eos, chunk)
             dispatched += chunk
         if waiting is not None:
-            yield receive(waiting)
+            yield state, receive(waiting)
         waiting = following
+
+
+class Session:
+    """One row whose cache is kept: of the next prompt, only what follows a beginning that is there is prefilled.
+
+    params and config are as in `forward`; slots is how many tokens prompt and answer may have together.  reused is how
+    many tokens of the last prompt were in the cache.
+    """
+
+    def __init__(self, params: Params, config: ModelConfig, slots: int):
+        self.slots, self.reused = slots, 0
+        self._params, self._config = params, config
+        self._state: State | None = None
+        self._ids: list[int] = []  # the row; its last tokens may not be in the cache yet
+
+    def generate_tokens(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        chunk: int = CHUNK,
+    ) -> Iterator[np.ndarray]:
+        """Continue a prompt, as the function of this name does.  An answer that is under way ends with what it has."""
+        limits = row_limits(self._config, [prompt], max_new_tokens, self.slots)
+        settings, prompt = sampling.rows(1), list(prompt)
+        state, self._state = self._state, None  # donated; lost if something is raised
+        if state is None:
+            state, self._ids = _state_beside(self._params, self._config, 1, self.slots), []
+        held = self._ids[: np.asarray(state.cache.length)[0]]
+        # the last token is run again even if all are there: its logits choose the first of the answer
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(held, prompt[:-1], strict=False))
+        self.reused = sum(1 for _ in same)
+        self._ids = prompt[: self.reused]
+        seen = np.zeros((1, self._config.vocab_size), bool)
+        seen[0, self._ids] = True
+        self._state = rewind(state, np.array([self.reused], np.int32), seen)
+        return self._generate(self._state, prompt, settings, limits, eos_ids, chunk)
+
+    def _generate(self, state, prompt, sampling, limits, eos_ids, chunk):
+        ids, rest = list(prompt), [prompt[self.reused :]]
+        answer = _continue(self._params, self._config, state, rest, self.slots, sampling, limits, eos_ids, chunk)
+        while self._state is state:  # no other prompt came meanwhile
+            self._state = None
+            following = next(answer, None)
+            if following is None:
+                self._state = state
+                return
+            state, tokens = following
+            ids += [token for token in tokens[0].tolist() if token >= 0]
+            self._state, self._ids = state, ids
+            yield tokens
 
 
 def stores_scores(config: ModelConfig) -> bool:

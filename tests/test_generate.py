@@ -5,11 +5,13 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +20,7 @@ import pytest
 
 import jaxllm
 from jaxllm import resources
+from jaxllm.chat import ChatTemplate
 from jaxllm.errors import InputError
 from jaxllm.loader import load
 from jaxllm.sampling import Sampling
@@ -309,6 +312,244 @@ def test_a_generation_can_be_left_and_gone_on_with(model):
     for _ in generation:
         pass
     assert [r.text for r in generation.results] == [r.text for r in whole]
+
+
+def test_token_ids_are_prompts_too(model):
+    texts = ["The ship", "A rather longer one"]
+    ids = [model.tokenizer.encode(text) for text in texts]
+    want = jaxllm.generate(model, texts, Sampling(seed=3), 12)
+    for prompts in (ids, [texts[0], np.array(ids[1])], [jax.numpy.array(ids[0]), tuple(ids[1])]):
+        got = jaxllm.generate(model, prompts, Sampling(seed=3), 12)
+        for a, b in zip(got, want, strict=True):
+            assert (a.prompt_tokens, a.tokens, a.text) == (b.prompt_tokens, b.tokens, b.text)
+            assert a.prompt == model.tokenizer.decode(b.prompt_tokens)
+    assert "".join(jaxllm.stream(model, ids[0], Sampling(seed=3), 12)) == want[0].text
+    for prompts, message in [
+        ([[]], "prompt 0 is empty"),
+        (["A", [1, 512]], "prompt 1 holds a token id outside the vocabulary, 0 to 511"),
+        ([[-1]], "outside the vocabulary"),
+        ([[2**70]], "prompt 0 is of type list, and no list of whole numbers"),
+        ([1, 2], "prompt 0 is of type int, and no list of whole numbers"),
+        ([[1.0, 2.0]], "prompt 0 is of type list"),
+        ([[True]], "prompt 0 is of type list"),
+        ([["A"]], "prompt 0 is of type list"),
+        ([[[1], [1, 2]]], "prompt 0 is of type list"),
+        ([None], "prompt 0 is of type NoneType"),
+        ([b"A"], "prompt 0 is of type bytes"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            jaxllm.generate(model, prompts)
+
+
+@dataclass(frozen=True)
+class Turns(ChatTemplate):
+    """A template without a process of its own: a line a message, as one function of the messages says."""
+
+    line: Callable = lambda role, content: f"{role[0].upper()}: {content.strip()}\n"
+
+    def render(self, messages):
+        return "".join(self.line(m["role"], m["content"]) for m in messages) + "A:"
+
+
+TURNS = Turns("turns", "", {})
+SETTINGS = [Sampling(temperature=0.0), Sampling(seed=7, repetition_penalty=1.1)]
+
+
+def fresh(model, result, sampling, count):
+    """What `generate` makes of the ids that a conversation's turn was given."""
+    return jaxllm.generate(model, [result.prompt_tokens], replace(sampling, seed=result.seed), count)[0]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=["greedy", "sampled"])
+def test_a_conversation_says_what_its_whole_text_continues_with(model, sampling):
+    talk = jaxllm.Conversation(model, "Be brief.", TURNS, sampling, max_new_tokens=12, max_len=128)
+    assert talk.result is None
+    said, reused = [], []
+    for text, pieces in (("The ship", 99), ("  And then? ", 2), ("Why", 99)):
+        answer = talk.say(text)
+        came = "".join(piece for _, piece in zip(range(pieces), answer, strict=False))
+        answer.close()
+        want = fresh(model, talk.result, sampling, 12)
+        assert talk.result.text == came == want.text[: len(came)]
+        assert talk.result.finish_reason == ("interrupted" if pieces == 2 else "length")
+        assert pieces == 2 or talk.result.tokens == want.tokens
+        assert talk.result.prompt == model.tokenizer.decode(talk.result.prompt_tokens)
+        said += [{"role": "user", "content": text}, {"role": "assistant", "content": came}]
+        assert talk.messages == [{"role": "system", "content": "Be brief."}, *said]
+        reused.append(talk._session.reused)
+        assert talk._generation._prefilled == len(want.prompt_tokens) - reused[-1]
+    assert reused[0] == 0 and all(reused[i] >= len("S: Be brief.") // 3 for i in (1, 2))
+    assert reused[2] > reused[1]
+    assert talk.result.seed != sampling.seed  # another turn, other draws
+
+
+def test_a_template_that_changes_the_past(model):
+    forgetful = Turns(
+        "forgetful", "", {}, lambda role, content: f"{role[0]}{content[:3] if role == 'assistant' else content}\n"
+    )
+    talk = jaxllm.Conversation(model, None, forgetful, SETTINGS[0], max_new_tokens=16, max_len=128)
+    for text in ("The ship", "It was", "A"):
+        "".join(talk.say(text))
+        assert talk.result.tokens == fresh(model, talk.result, SETTINGS[0], 16).tokens
+        assert talk._session.reused < len(talk.result.prompt_tokens) - 1
+
+
+def test_a_conversation_begins_anew(model):
+    talk = jaxllm.Conversation(model, None, TURNS, Sampling(seed=3), max_new_tokens=12, max_len=128)
+    first, second = "".join(talk.say("The ship")), "".join(talk.say("The ship"))
+    talk.reset()
+    assert talk.messages == [] and talk.result is None
+    assert ["".join(talk.say("The ship")), "".join(talk.say("The ship"))] == [first, second]
+    del talk.messages[2:]  # the list may be changed
+    assert "".join(talk.say("The ship")) == second
+    other = jaxllm.Conversation(model, None, TURNS, Sampling(seed=4), max_new_tokens=12, max_len=128)
+    assert (
+        "".join(other.say("The ship"))
+        == jaxllm.generate(model, [talk._template.encode(talk.messages[:1], model.tokenizer)], Sampling(seed=4), 12)[
+            0
+        ].text
+    )
+    left = talk.say("never asked for")
+    assert "".join(talk.say("The ship")) and list(left) == []
+    assert talk.messages[5] == {"role": "assistant", "content": ""}
+
+
+def test_a_conversations_stop_strings(model):
+    pieces = list(jaxllm.Conversation(model, None, TURNS, SETTINGS[0], max_len=128).say("The ship"))
+    whole, begun = "".join(pieces), len("".join(pieces[:2]))
+    talk = jaxllm.Conversation(model, None, TURNS, SETTINGS[0], max_len=128, stop=[whole[20:24], whole[8:10] + "never"])
+    assert "".join(talk.say("The ship")) == whole[: whole.index(whole[20:24])] == talk.messages[1]["content"]
+    assert talk.result.finish_reason == "stop"
+    talk = jaxllm.Conversation(model, None, TURNS, SETTINGS[0], max_len=128, stop=[whole[begun - 2 : begun] + "never"])
+    answer = talk.say("The ship")
+    assert next(answer) + next(answer) == whole[: begun - 2]
+    answer.close()  # an answer that ends here has what was held back
+    assert talk.messages[1]["content"] == talk.result.text == whole[:begun]
+
+
+def test_what_a_conversation_refuses(model, monkeypatch):
+    talk = jaxllm.Conversation(model, None, TURNS, max_new_tokens=12, max_len=128)
+    "".join(talk.say("The ship"))
+    before = list(talk.messages)
+    with pytest.raises(InputError, match=r"has \d{3,} tokens, .* context of 128; .* /reset .*, or raise max_len"):
+        talk.say("word " * 400)
+    for nothing in ("", " \n", None, 3):
+        with pytest.raises(InputError, match="the message is"):
+            talk.say(nothing)
+    assert talk.messages == before and "".join(talk.say("A"))
+    for more, message in [
+        (dict(max_len=1), "max_len is 1"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(stop="x"), "stop strings are given as str"),
+        (dict(template=None), "has no chat template"),
+        (dict(template="/nowhere/t"), "/nowhere/t: cannot be read"),
+        (dict(sampling=Sampling(top_p=2.0)), "top_p"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            jaxllm.Conversation(model, **dict(template=TURNS) | more)
+    with pytest.raises(InputError, match="give a ChatTemplate"):
+        jaxllm.Conversation(replace(model, path=None), template="llama2")
+    monkeypatch.setattr(jaxllm.resources, "free_memory", lambda device=None: 120 << 20)
+    with pytest.raises(InputError, match="beside the weights .*max_len"):
+        jaxllm.Conversation(model, template=TURNS)
+
+
+CHAT = "--chat", "--chat-template", "llama2", "--max-new-tokens", 6, "--seed", 5, "--max-len", 128
+
+
+def test_a_conversation_from_a_pipe(cli, model):
+    talk = jaxllm.Conversation(model, "Be brief.", "llama2", Sampling(seed=5), max_new_tokens=6, max_len=128)
+    want = ["".join(talk.say(text)) for text in ("The ship", "/etc/hosts is", "/usr")]
+    lines = b"The ship\n\n   \r\n/etc/hosts is\n /usr\r\n/reset\nThe ship"
+    status, out, err = cli(*CHAT, "--system", "Be brief.", stdin=lines)
+    assert (status, err) == (0, "") and out == "".join(text + "\n" for text in [*want, want[0]])
+    assert cli(*CHAT, "--system", "Be brief.", "--prompt", "The ship")[1] == want[0] + "\n"
+
+    status, out, err = cli(*CHAT, "--system", "Be brief.", "--json", "--stats", stdin=lines[:26])
+    turns = [json.loads(line) for line in out.splitlines()]
+    assert [(turn["prompt"], turn["text"]) for turn in turns] == [
+        ("The ship", want[0]),
+        ("/etc/hosts", turns[1]["text"]),
+    ]
+    assert [turn["seed"] == 5 for turn in turns] == [True, False]
+    assert turns[0].keys() == json.loads(cli(*CHAT, "--json", "--prompt", "A")[1]).keys()
+    assert status == 0 and err.count("decode") == 2 and err.count("load") == 1
+
+
+@pytest.mark.parametrize(
+    "args, stdin, message",
+    [
+        ([], b"A\n/rest\nA\n", "no command is called /rest; /reset begins anew; a space before it"),
+        ([], b"A\n" + b"word " * 9000, "the conversation has"),
+        ([], b"A\n\xff\n", "not UTF-8 at byte 0"),
+        (["--echo"], b"A\n", "--echo can have no effect in a conversation"),
+        (["--max-len", 9999], b"A\n", "max_len is 9999"),
+        (["--max-new-tokens", 0], b"A\n", "max_new_tokens is 0"),
+    ],
+    ids=["command", "long", "utf-8", "echo", "max-len", "max-new-tokens"],
+)
+def test_a_conversation_from_a_pipe_ends_with_an_error(cli, args, stdin, message):
+    status, out, err = cli(*CHAT, *args, stdin=stdin)
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert out.count("\n") == (0 if args else 1) or not args
+
+
+def test_one_turns_prompt_is_the_users_message(cli):
+    got = json.loads(cli(*CHAT, "--json", "--prompt", "A")[1])
+    assert got["prompt"] == "A" and cli(*CHAT, "--echo", "--prompt", "A")[1] == "A" + got["text"] + "\n"
+
+
+def until(terminal, pattern, seconds=120):
+    """What a pseudo-terminal shows, up to a pattern at its end."""
+    shown, end = b"", time.monotonic() + seconds
+    while not re.search(pattern + rb"\Z", shown):
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], shown
+        shown += os.read(terminal, 4096)
+    return shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals here")
+def test_a_conversation_on_a_terminal(converted, tmp_path):
+    args = [sys.executable, "-m", "jaxllm.generate", "--model", str(converted(NAME)), "--chat", "--greedy"]
+    args += ["--chat-template", "llama2", "--max-new-tokens", "3500"]
+    ours, theirs = os.openpty()
+    # a session of its own, whose terminal this is: Ctrl-C comes from there
+    take_it = [
+        sys.executable,
+        "-c",
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])",
+    ]
+    process = subprocess.Popen(
+        [*take_it, *args], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        assert b"Ctrl-C stops an answer, Ctrl-D leaves\r\n" in until(ours, rb"\r\n> ")
+        os.write(ours, b"The shXp\x08\x08ip\x1b[D\x04\n")  # edited: backspaces, and the last letter taken away
+        first = until(ours, rb"\n.{30,}")
+        os.write(ours, b"\x03")
+        first += until(ours, rb"\r\n> ")
+        os.write(ours, b"/rest\n")
+        assert b"error: no command is called /rest" in until(ours, rb"\r\n> ")
+        time.sleep(1)  # Python's input() loses a signal that comes in the moment before it waits
+        os.write(ours, b"half a line\x03")
+        assert b"Ctrl-D leaves" in until(ours, rb"\r\n> ")
+        os.write(ours, b"/reset\n")
+        until(ours, rb"> ")
+        os.write(ours, b"\x1b[A\x1b[A\x1b[A\n")  # the line before, and those before that
+        again = until(ours, rb"\n.{30,}")
+        os.write(ours, b"\x03")
+        until(ours, rb"\r\n> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    answers = [text.split(b"\n", 1)[1][:30] for text in (first, again)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.slow

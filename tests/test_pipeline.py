@@ -11,7 +11,7 @@ from jaxllm import pipeline
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.model import abstract_params, forward, init_cache, quantize_params
-from jaxllm.pipeline import State, bucket, decode_chunk, generate_tokens, init_state, prefill
+from jaxllm.pipeline import Session, State, bucket, decode_chunk, generate_tokens, init_state, prefill, rewind
 from jaxllm.sampling import Sampling
 
 CONFIG = ModelConfig(
@@ -241,6 +241,111 @@ def test_int8_generates_what_whole_int8_forwards_do(scheme, kv_cache):
         # each token is the best one, up to a value that falls on a boundary between two levels here and not there
         assert (row[np.arange(40), answer] >= row.max(axis=-1) - 5e-3).all()
     assert len({*answers.ravel()}) > 15
+
+
+@pytest.fixture
+def prefilled(monkeypatch):
+    """A list into which goes how many tokens each call of prefill is given, padding not counted."""
+    counts = []
+
+    def count(params, config, state, tokens, lengths, sampling):
+        counts.append(int(lengths.sum()))
+        return prefill(params, config, state, tokens, lengths, sampling)
+
+    monkeypatch.setattr(pipeline, "prefill", count)
+    return counts
+
+
+def take(answer, pieces=None):
+    """The tokens of an answer, up to its end or of its first few pieces."""
+    tokens = [token for _, piece in zip(range(pieces or 999), answer, strict=False) for token in piece[0].tolist()]
+    return tokens[: tokens.index(-1)] if -1 in tokens else tokens
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WILD], ids=["greedy", "sampled"])
+def test_a_session_answers_as_if_each_prompt_came_alone(prefilled, sampling):
+    first, more, other = prompts_of(20, 5, 40)
+    session = Session(PARAMS, CONFIG, 128)
+
+    def check(prompt, new_tokens, pieces=None):
+        fresh = run([prompt], sampling, 20)[0]
+        prefilled.clear()
+        answer = take(session.generate_tokens(prompt, sampling, 20), pieces)
+        assert prefilled == [new_tokens] and session.reused == len(prompt) - new_tokens
+        assert answer == fresh[: len(answer)] and (pieces or len(answer) == 20)
+        return answer
+
+    answer = check(first, 20)
+    second = [*first, *answer, *more]
+    begun = check(second, 5, pieces=2)
+    assert len(begun) == 9  # given up
+    check([*second, *begun, *other[:3]], 3)  # more than that was decoded ahead
+    check(second, 1)  # all is there, and the last token is run again
+    check([*second, *begun, 60], 1, pieces=1)
+    check([*first, *answer[:3], (answer[3] + 1) % 61, *other], 41)  # the past differs from there on
+    check(second[:12], 1)
+    check(other, 40)
+
+
+def test_a_session_at_the_end_of_a_sequence_and_of_the_cache():
+    (prompt,) = prompts_of(20)
+    free = run([prompt], new=30)[0]
+    eos = next(token for at, token in enumerate(free) if at > 3 and token not in free[:at])
+    session = Session(PARAMS, CONFIG, 128)
+    answer = take(session.generate_tokens(prompt, GREEDY, 30, [eos]))
+    assert answer[-1] == eos and answer == free[: len(answer)]
+    longer = [*prompt, *answer, *prompts_of(104 - len(answer), seed=2)[0]]  # 124 of 128
+    assert take(session.generate_tokens(longer, GREEDY, 30)) == run([longer], new=4)[0]
+    assert session.reused == len(prompt) + len(answer) - 1  # what ends a sequence is not taken in
+    full = [*longer, 1, 2, 3]
+    assert take(session.generate_tokens(full, GREEDY, 30)) == run([full], new=1)[0]
+    with pytest.raises(InputError, match="128 tokens.*context of 128"):
+        session.generate_tokens([*full, 4], GREEDY, 30)
+    assert take(session.generate_tokens(prompt, GREEDY, 30)) == free
+
+
+def test_a_new_prompt_ends_the_answer_before_and_an_error_loses_the_cache(monkeypatch, prefilled):
+    prompt, other = prompts_of(20, 30)
+    session = Session(PARAMS, CONFIG, 128)
+    left = session.generate_tokens(prompt, GREEDY, 30)
+    assert take(left, 2) == run([prompt], new=9)[0]
+    following = session.generate_tokens(other, GREEDY, 30)
+    assert take(left) == []
+    assert take(following) == run([other], new=30)[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "decode_chunk", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(session.generate_tokens(other, GREEDY, 30))
+    prefilled.clear()
+    assert take(session.generate_tokens(other, GREEDY, 30)) == run([other], new=30)[0]
+    assert prefilled[0] == 30
+
+
+def test_a_session_keeps_one_cache_and_compiles_nothing_for_a_later_turn():
+    params = jax.device_put(PARAMS, jax.devices()[0])  # committed, as those of a loaded model are
+    session = Session(params, replace(CONFIG, max_len=192), 192)
+    compiled = []
+
+    def listen(event, seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(more.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    prompt, places = prompts_of(10)[0], set()
+    for turn in range(5):
+        prompt = [*prompt, *take(session.generate_tokens(prompt, WILD, 12)), *prompts_of(7 + turn, seed=turn)[0]]
+        places.add(tuple(array.unsafe_buffer_pointer() for array in session._state.cache.k + session._state.cache.v))
+    assert len(places) == 1
+    assert [compiled.count(f"jit({name})") for name in ("init_state", "rewind", "prefill", "decode_chunk")] == [1] * 4
+
+
+def test_rewinding_copies_no_cache():
+    state = jax.eval_shape(lambda: init_state(BIG, 1, SLOTS))
+    seen = jax.ShapeDtypeStruct((1, BIG.vocab_size), bool)
+    memory = rewind.lower(state, jax.ShapeDtypeStruct((1,), jnp.int32), seen).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size_of((state.cache.k, state.cache.v))
+    assert memory.temp_size_in_bytes < size_of(state.cache.k[0])
 
 
 def test_research_code_can_drive_the_programs_itself():
