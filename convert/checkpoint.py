@@ -1,7 +1,9 @@
 """What every format of a checkpoint comes down to: a config, weights by the model folder's names, a tokenizer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -10,9 +12,22 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ModelError
-from jaxllm.loader import TOKENIZERS, Weight
+from jaxllm.loader import TOKENIZERS, Weight, advise, cast
+from jaxllm.model import matrix_scheme
+from jaxllm.quantize import dequantize
+from jaxllm.quantize import quantize as quantize_weight
+from jaxllm.tensor import QTensor
 
-BLOCK = 16 << 20  # elements read and written at a time, so that memory does not grow with the model
+# elements read and written at a time: memory does not grow with the model, and what one step of a conversion makes is
+# still in the processor's cache for the next
+BLOCK = 1 << 20
+MAX_JSON = 16 << 20  # bytes; the index of a model with 100 000 tensors has 10 MB
+CARRIED = (
+    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"
+)  # fmt: skip
+# the weights of a model folder that hold several parts, in this order
+FUSED = {"wqkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "w_gate_up": ("gate", "up")}
+ALONE = {"wo": "o", "w_down": "down"}  # and those that hold one, of another name
 
 
 @dataclass(frozen=True)
@@ -20,11 +35,84 @@ class Checkpoint:
     """A checkpoint opened for conversion: nothing of its weights was read yet.
 
     files go into the model folder by these names: the tokenizer (one of `loader.TOKENIZERS`), and what belongs to it.
+    quantized (one of `quantize.SCHEMES`) and keep_float, as in `abstract_params`, say which matrices are int8 already:
+    their weights yield QTensors.
     """
 
     config: ModelConfig
     weights: dict[str, Weight]
     files: dict[str, Path | bytes]
+    quantized: str | None = None
+    keep_float: tuple[str, ...] = ()
+
+
+def quantize_checkpoint(checkpoint: Checkpoint, quantize: str, keep_float: Collection[str] = ()) -> Checkpoint:
+    """A float checkpoint with its matrices as int8: arguments as in `abstract_params`.
+
+    Its blocks raise ValueError where a weight is not finite.
+    """
+
+    def one(name, weight):
+        scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
+        if scheme is None:
+            return weight
+        return Weight(weight.shape, lambda: (quantize_weight(block, scheme) for block in weight.blocks()))
+
+    weights = {name: one(name, weight) for name, weight in checkpoint.weights.items()}
+    return replace(checkpoint, weights=weights, quantized=quantize, keep_float=tuple(keep_float))
+
+
+# The files beside the weights
+
+
+def read_json(file: Path) -> dict:
+    """A file's JSON object.  Raises ModelError when there is none, or it is too large to be one."""
+    check_file(file)
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise ModelError(f"{file} is larger than {MAX_JSON >> 20} MiB; is it the right file?")
+        settings = json.loads(data)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} is not a JSON object; download it again")
+    return settings
+
+
+def check_file(file: Path) -> None:
+    """Raise ModelError unless this is a file, and not Git LFS's text in its place."""
+    if not os.path.isfile(file):  # also because opening a pipe would wait for its writer
+        raise ModelError(f"{file} is missing; download all files of the model, or check the path")
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{file} is a Git LFS pointer, not the file it points to; run `git lfs pull` in its folder")
+
+
+def carried_files(source: Path, tokenizer_file: Path | None = None) -> dict[str, Path]:
+    """The files of a folder that go with its weights, by name; tokenizer_file is used in place of its own.
+
+    Raises ModelError where one cannot be read, or there is no tokenizer.
+    """
+    files = {name: source / name for name in CARRIED if os.path.isfile(source / name)}
+    if tokenizer_file is not None:
+        check_file(tokenizer_file)
+        files = {name: file for name, file in files.items() if name not in TOKENIZERS}
+        files[tokenizer_name(tokenizer_file)] = tokenizer_file
+    for file in files.values():
+        check_file(file)
+    if not any(name in files for name in TOKENIZERS):
+        raise ModelError(
+            f"{source} has neither {' nor '.join(TOKENIZERS)}; download the model's, or name one with --tokenizer"
+        )
+    return files
 
 
 def tokenizer_name(file: Path) -> str:
@@ -39,6 +127,9 @@ def tokenizer_name(file: Path) -> str:
     return TOKENIZERS[0] if start.startswith(b"{") else TOKENIZERS[1]
 
 
+# From a format's tensors to our weights
+
+
 class Tensor(Protocol):
     """A tensor of a checkpoint, [rows, in] or [rows], that is read as it is asked for."""
 
@@ -48,11 +139,36 @@ class Tensor(Protocol):
         """Rows start to stop, as an array of its own."""
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """A tensor in a memory-mapped file, read as dtype: by default as it is stored."""
+
+    array: np.ndarray
+    dtype: str | None = None
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    def rows(self, start, stop):
+        """Rows start to stop, as an array of its own."""
+        rows = np.array(self.array[start:stop], self.dtype, order="C")
+        # pages of a mapped file that were read count as this process's memory until they are given back
+        advise(self.array, "MADV_DONTNEED")
+        return rows
+
+
 def blocks(tensor: Tensor) -> Iterator[np.ndarray]:
     """All rows of a tensor, a bounded number at a time."""
-    step = max(1, BLOCK // max(1, int(np.prod(tensor.shape[1:]))))
-    for start in range(0, tensor.shape[0], step):
-        yield tensor.rows(start, min(start + step, tensor.shape[0]))
+    for start, stop in row_ranges(tensor.shape):
+        yield tensor.rows(start, stop)
+
+
+def row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """All rows of a tensor of this shape, in ranges of at most BLOCK elements, or one row."""
+    step = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -164,3 +280,64 @@ def _qkv_blocks(config, q, k, v, adjacent_pairs):
         if len({part.dtype for part in parts}) > 1:  # numpy has no common type of float16 and bfloat16
             parts = [part.astype(np.float32) for part in parts]
         yield np.concatenate(parts)
+
+
+# And back
+
+
+def float_blocks(weight: Weight, dtype: str) -> Iterator[np.ndarray]:
+    """The blocks of a weight as float arrays of dtype, dequantized where they are int8.
+
+    Raises ValueError for a number that dtype cannot express.
+    """
+    for block in weight.blocks():
+        yield cast(dequantize(block) if isinstance(block, QTensor) else block, dtype)
+
+
+def join_blocks(blocks: Iterator[np.ndarray], shape: Sequence[int], dtype: str) -> np.ndarray:
+    """A tensor of this shape from blocks of its rows."""
+    joined, filled = np.empty(shape, dtype), 0
+    flat = joined.reshape(-1)
+    for block in blocks:
+        flat[filled : filled + block.size] = block.reshape(-1)
+        filled += block.size
+    assert filled == flat.size
+    return joined
+
+
+def adjacent_pairs(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `half_split`."""
+    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def model_tensors(checkpoint: Checkpoint, adjacent: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `model_weights`: every tensor by its name there, whole, in config.dtype, one weight at a time.
+
+    adjacent says that rows of q and k are to be in RoPE pairs (2i, 2i + 1).  Raises ValueError, which names the weight,
+    for a number that config.dtype cannot express.
+    """
+    config = checkpoint.config
+    for name, weight in checkpoint.weights.items():
+        try:
+            whole = join_blocks(float_blocks(weight, config.dtype), weight.shape, config.dtype)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        last = name.rpartition(".")[2]
+        if last in ("wqkv", "qkv_bias"):
+            group = config.group
+            parts = [whole[:, :group], whole[:, group], whole[:, group + 1]]
+            parts = [part.reshape(-1, *whole.shape[3:]) for part in parts]
+        else:
+            parts = list(whole) if last in FUSED else [whole]
+        del whole  # where its parts are copies, memory is for one of the two
+        for part_name in part_names(name):
+            part = parts.pop(0)
+            if adjacent and part_name.rpartition(".")[2] in ("q", "k", "q_bias", "k_bias", "q_norm", "k_norm"):
+                part = adjacent_pairs(part, config.head_dim)
+            yield part_name, part
+
+
+def part_names(name: str) -> list[str]:
+    """The names in `model_weights` of the tensors that a weight of the model folder is made of, in order."""
+    prefix, dot, last = name.rpartition(".")
+    return [f"{prefix}{dot}{part}" for part in FUSED.get(last, (ALONE.get(last, last),))]

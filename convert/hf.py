@@ -6,31 +6,38 @@ config.json leaves out.
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path, PureWindowsPath
 
+import jax
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.convert import pth
 from jaxllm.convert.checkpoint import (
+    CARRIED,
     Checkpoint,
+    Mapped,
     blocks,
+    carried_files,
+    check_file,
     equal,
+    model_tensors,
     model_weights,
+    part_names,
     part_shapes,
+    read_json,
     stored_shape,
-    tokenizer_name,
 )
 from jaxllm.errors import ModelError
-from jaxllm.loader import TOKENIZERS, advise, read_safetensors
+from jaxllm.loader import find_tokenizer, new_folder, read_safetensors, safetensors_header, write_files
+from jaxllm.tokenizer import load_tokenizer
 
-MAX_JSON = 16 << 20  # bytes; the index of a model with 100 000 tensors has 10 MB
-CARRIED = (
-    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"
-)  # fmt: skip
 # how weights are stored: the name of the file that holds all of them, and its reader; with .index.json, many files'
 STORED: tuple[tuple[str, Callable[..., dict[str, np.ndarray]]], ...] = (
     ("model.safetensors", read_safetensors),
@@ -40,6 +47,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 100, 100
 
 EMBED, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+MAX_SHARD = 5_000_000_000  # bytes of weights in one file, as `save_pretrained` of transformers 4 cuts them
 
 
 @dataclass(frozen=True)
@@ -80,29 +88,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@dataclass(frozen=True)
-class Mapped:
-    """A tensor in a memory-mapped file, read as dtype: by default as it is stored."""
-
-    array: np.ndarray
-    dtype: str | None = None
-
-    @property
-    def shape(self):
-        return self.array.shape
-
-    def rows(self, start, stop):
-        """Rows start to stop, as an array of its own."""
-        rows = np.array(self.array[start:stop], self.dtype, order="C")
-        # pages of a mapped file that were read count as this process's memory until they are given back
-        advise(self.array, "MADV_DONTNEED")
-        return rows
-
-
 def matches(source: Path) -> bool:
     """Whether source is a folder whose config.json names a model_type or architectures, as Hugging Face's do."""
     try:
-        settings = _read_json(source / "config.json")
+        settings = read_json(source / "config.json")
     except ModelError:
         return False
     return isinstance(settings.get("model_type"), str) or isinstance(settings.get("architectures"), list)
@@ -116,12 +105,12 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
     Raises ModelError naming the file when something is missing or not supported, or sizes differ from config.json's.
     """
     file = source / "config.json"
-    settings = _read_json(file)
+    settings = read_json(file)
     family = _find_family(file, settings)
     config = _read_config(file, family, settings)
-    files = _find_files(source, tokenizer_file)
+    files = carried_files(source, tokenizer_file)
 
-    tensors = _name_parts(file, config, family, _read_tensors(source))
+    tensors = _name_parts(file, config, family, read_tensors(source))
     _refuse_bias(file, config, tensors)
     stored = {tensor.array.dtype.name for tensor in tensors.values()}
     if dtype is None:
@@ -145,36 +134,6 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
 
 
 # config.json
-
-
-def _read_json(file):
-    _check_file(file)
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON:
-            raise ModelError(f"{file} is larger than {MAX_JSON >> 20} MiB; is it the right file?")
-        settings = json.loads(data)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{file} is not a JSON object; download it again")
-    return settings
-
-
-def _check_file(file):
-    """Raise ModelError unless this is a file, and not Git LFS's text in its place."""
-    if not os.path.isfile(file):  # also because opening a pipe would wait for its writer
-        raise ModelError(f"{file} is missing; download all files of the model, or check the path")
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(64)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelError(f"{file} is a Git LFS pointer, not the file it points to; run `git lfs pull` in its folder")
 
 
 def _find_family(file, settings):
@@ -312,31 +271,15 @@ def _rope(file, settings, number):
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-# The other files
+# The files of weights
 
 
-def _find_files(source, tokenizer_file):
-    """The files that a model folder takes over, by the names that they get there."""
-    files = {name: source / name for name in CARRIED if os.path.isfile(source / name)}
-    if tokenizer_file is not None:
-        _check_file(tokenizer_file)
-        files = {name: file for name, file in files.items() if name not in TOKENIZERS}
-        files[tokenizer_name(tokenizer_file)] = tokenizer_file
-    for file in files.values():
-        _check_file(file)
-    if not any(name in files for name in TOKENIZERS):
-        raise ModelError(
-            f"{source} has neither {' nor '.join(TOKENIZERS)}; download the model's, or name one with --tokenizer"
-        )
-    return files
-
-
-def _read_tensors(source):
+def read_tensors(source):
     """Every stored tensor by its name, with the file that it is in."""
     files, read = _find_weights(source)
     found = {}
     for file, names in files.items():
-        _check_file(file)
+        check_file(file)
         tensors = read(file)
         lacking = next((name for name in names if name not in tensors), None)
         if lacking is not None:
@@ -365,7 +308,7 @@ def _find_weights(source):
 
 
 def _read_index(index):
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has weight_map={_show(weight_map)}; it names the file of each tensor")
     files = {}
@@ -462,6 +405,151 @@ def _refuse_bias(file, config, tensors):
                 f"{file} has attention_bias=true, and model.layers.{i}.self_attn.o_proj.bias is not 0; biases are "
                 f"supported on q, k and v only"
             )
+
+
+# Writing
+
+
+def save_checkpoint(
+    out: Path,
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write a folder that `from_pretrained` of transformers 4.45 and newer opens, weights in config.dtype.
+
+    What is int8 is dequantized.  progress is called with the number of bytes written, again and again.  The folder
+    appears when it is whole; an existing one is replaced only with overwrite, and only if all in it is of this format.
+    Raises ModelError when no family in FAMILIES has what the config says, or the folder exists or cannot be written.
+    """
+    config = checkpoint.config
+    model_type, settings = _family_settings(out, config)
+    shapes = part_shapes(config)
+    held = {OUTPUT} if not config.tied else set()
+    expected = _expected(config, FAMILIES[model_type], held)
+    stored_names = {part: name for name, (part,) in expected.items()}
+    kinds = {stored_names[part]: part.rpartition(".")[2] for name in checkpoint.weights for part in part_names(name)}
+    dtype = np.dtype(config.dtype)
+    files = _split({name: jax.ShapeDtypeStruct(shapes[kind], dtype) for name, kind in kinds.items()})
+    total = sum(shape.size * dtype.itemsize for part in files.values() for shape in part.values())
+
+    with new_folder(out, total, overwrite, _may_be_replaced, "Hugging Face") as folder:
+        try:
+            tensors = model_tensors(checkpoint)
+            for name, part in files.items():
+                _write_safetensors(folder / name, part, tensors, progress)
+        except ModelError:  # the source cannot be read
+            raise
+        except ValueError as error:
+            raise ModelError(f"{out} was not written: {error}") from None
+        if len(files) > 1:
+            weight_map = {tensor: name for name, part in files.items() for tensor in part}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / f"{STORED[0][0]}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_files(folder, checkpoint.files)
+        _describe_tokenizer(folder)
+        tokenizer = load_tokenizer(find_tokenizer(folder))
+        ends = list(tokenizer.eos_ids)
+        settings |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _may_be_replaced(path):
+    """Whether all in a folder is what `save_checkpoint` writes."""
+    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return matches(path) and all(name in ("config.json", *CARRIED) or weights.fullmatch(name) for name in names)
+
+
+def _family_settings(out, config):
+    """The model_type that has what a config says, and its config.json.  Raises ModelError where there is none."""
+    if config.attention_bias and config.qk_norm:
+        raise ModelError(
+            f"{out} was not written: no family of transformers has biases and norms of q and k without a bias behind "
+            f"the attention; leave out --to hf"
+        )
+    model_type = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    if model_type == "llama" and config.sliding_window is not None:
+        model_type = "mistral"
+    rope = None
+    if config.rope_scaling is not None:
+        rope = dict(vars(config.rope_scaling))
+        rope["original_max_position_embeddings"] = rope.pop("original_max_len")
+        rope["rope_type"] = "llama3"
+    settings = {
+        "architectures": [FAMILIES[model_type].architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_len,
+        "rms_norm_eps": config.norm_eps,
+        # by the names of transformers 4, which 5 reads as well
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "torch_dtype": config.dtype,
+        "tie_word_embeddings": config.tied,
+    }
+    if model_type == "mistral":
+        settings["sliding_window"] = config.sliding_window
+    elif model_type in ("qwen2", "qwen3"):
+        settings |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+        settings["sliding_window"] = config.sliding_window
+    if model_type in ("llama", "qwen3"):
+        settings["attention_bias"] = False
+    return model_type, settings
+
+
+def _describe_tokenizer(folder):
+    """Write tokenizer_config.json beside a SentencePiece model that came alone: transformers 5 guesses wrong."""
+    file, beside = find_tokenizer(folder), folder / "tokenizer_config.json"
+    data = file.read_bytes()
+    if beside.exists() or not data.startswith(b"\n"):  # LLaMA 3's tokenizer.model is text
+        return
+    sp = SentencePieceProcessor(model_proto=data)
+    ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+    settings = {name: sp.id_to_piece(id) for name, id in ids.items() if id >= 0}
+    settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": sp.bos_id() >= 0, "add_eos_token": False}
+    beside.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _split(shapes):
+    """Files of at most MAX_SHARD bytes, or one tensor, by the names of `save_pretrained`: the shapes in each."""
+    parts, filled = [{}], 0
+    for name, shape in shapes.items():
+        size = shape.size * shape.dtype.itemsize
+        if parts[-1] and filled + size > MAX_SHARD:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = shape
+        filled += size
+    whole = STORED[0][0]
+    if len(parts) == 1:
+        return {whole: parts[0]}
+    stem, _, suffix = whole.partition(".")
+    return {f"{stem}-{i:05}-of-{len(parts):05}.{suffix}": part for i, part in enumerate(parts, 1)}
+
+
+def _write_safetensors(file, shapes, tensors, progress):
+    """Write as many tensors of an iterator as there are shapes, in their order, and by the shapes' names."""
+    # without a format transformers 4 refuses the file
+    header, offsets, total = safetensors_header(shapes, {"format": "pt"})
+    with file.open("wb") as opened:
+        opened.write(header)
+        for name, (_, tensor) in zip(shapes, islice(tensors, len(shapes)), strict=True):
+            raw = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+            opened.seek(offsets[name])
+            opened.write(raw)
+            if progress is not None:
+                progress(raw.nbytes)
+            del tensor, raw  # else they live on while the next ones are read
+        opened.truncate(total)
 
 
 def _show(value):

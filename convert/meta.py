@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,17 @@ import numpy as np
 
 from jaxllm.config import DTYPES, ModelConfig, RopeScaling
 from jaxllm.convert import pth
-from jaxllm.convert.checkpoint import Checkpoint, equal, model_weights, tokenizer_name
+from jaxllm.convert.checkpoint import (
+    CARRIED,
+    Checkpoint,
+    equal,
+    model_tensors,
+    model_weights,
+    part_shapes,
+    tokenizer_name,
+)
 from jaxllm.errors import ModelError
-from jaxllm.loader import find_tokenizer
+from jaxllm.loader import find_tokenizer, new_folder, write_files
 
 # name in a layer -> its name in `model_weights`, and the axis on which the shards are to be joined (None: every shard
 # has the whole)
@@ -33,6 +42,8 @@ _LAYER = {
     "feed_forward.w2.weight": ("down", 1),
     "feed_forward.w3.weight": ("up", 0),
 }
+# and of those outside of the layers
+_OUTSIDE = {"tok_embeddings.weight": "embed", "norm.weight": "norm", "output.weight": "output"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
     Raises ModelError naming the file when something is missing, or sizes contradict each other or params.json.
     """
     settings = _read_params_json(source / "params.json")
-    shards = _read_shards(source)
+    shards = read_shards(source)
     config, tensors = _join(source, settings, shards)
     stored = {slice.dtype.name for tensor in tensors.values() for slice in tensor.slices}
     if dtype is None:
@@ -129,7 +140,7 @@ def _read_params_json(file):
     return settings
 
 
-def _read_shards(source):
+def read_shards(source):
     """The tensors of consolidated.00.pth, 01, ..., in order."""
     found = {int(m[1]): f for f in source.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
     if not found:
@@ -281,9 +292,116 @@ def _find_tokenizer(source):
 
 def _weights(config, tensors):
     """Every weight of the model folder, built from Meta's tensors as it is written."""
-    named = {"embed": tensors["tok_embeddings.weight"], "norm": tensors["norm.weight"]}
-    if not config.tied:
-        named["output"] = tensors["output.weight"]
+    named = {ours: tensors[theirs] for theirs, ours in _OUTSIDE.items() if ours != "output" or not config.tied}
     for i in range(config.n_layers):
         named |= {f"layers.{i}.{ours}": tensors[f"layers.{i}.{theirs}"] for theirs, (ours, _) in _LAYER.items()}
     return model_weights(config, named, adjacent_pairs=True)
+
+
+# Writing
+
+
+def save_checkpoint(
+    out: Path,
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write params.json, consolidated.00.pth and the tokenizer, as Meta's code loads them, weights in config.dtype.
+
+    What is int8 is dequantized, and a tied output written out: Meta's code has none other.  progress is called with the
+    number of bytes written, again and again.  The folder appears when it is whole; an existing one is replaced only
+    with overwrite, and only if all in it is of this format.
+    Raises ModelError for what no LLaMA of Meta's has, and when the folder exists or cannot be written.
+    """
+    config = checkpoint.config
+    settings = _settings(out, config)
+    shapes = part_shapes(config)
+    size = np.dtype(config.dtype).itemsize
+    total = sum(np.prod(shapes[kind]) for kind, _ in _LAYER.values()) * config.n_layers * size
+    total += (2 * np.prod(shapes["embed"]) + config.dim) * size
+
+    ours = {ours: theirs for theirs, ours in _OUTSIDE.items()}
+    for i in range(config.n_layers):
+        ours |= {f"layers.{i}.{kind}": f"layers.{i}.{theirs}" for theirs, (kind, _) in _LAYER.items()}
+
+    def tensors():
+        for name, tensor in model_tensors(checkpoint, adjacent=True):
+            count = tensor.nbytes
+            yield ours[name], tensor
+            if name == "embed" and config.tied:
+                yield "output.weight", tensor
+            del tensor
+            if progress is not None:
+                progress(count)
+
+    with new_folder(out, int(total), overwrite, _may_be_replaced, "Meta") as folder:
+        try:
+            pth.write(folder / "consolidated.00.pth", tensors())
+        except ModelError:  # the source cannot be read
+            raise
+        except ValueError as error:
+            raise ModelError(f"{out} was not written: {error}") from None
+        write_files(folder, checkpoint.files)
+        (folder / "params.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _may_be_replaced(path):
+    """Whether all in a folder is what `save_checkpoint` writes, or Meta's other shards."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    known = ("params.json", "checklist.chk", *CARRIED)
+    return "params.json" in names and all(n in known or re.fullmatch(r"consolidated\.\d+\.pth", n) for n in names)
+
+
+def _settings(out, config):
+    """The params.json of a config; what is as Meta's code has it by itself is left out: older releases know no more."""
+    lacking = {
+        "biases": config.attention_bias,
+        "norms of q and k": config.qk_norm,
+        "a sliding window": config.sliding_window is not None,
+        f"heads of {config.head_dim}": config.n_heads * config.head_dim != config.dim,
+    }
+    for what, there in lacking.items():
+        if there:
+            raise ModelError(
+                f"{out} was not written: this model has {what}, which Meta's format cannot express; use --to hf"
+            )
+    settings = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
+    if config.n_kv_heads != config.n_heads:
+        settings["n_kv_heads"] = config.n_kv_heads
+    settings |= {"vocab_size": config.vocab_size, "norm_eps": config.norm_eps, **_ffn_settings(config)}
+    if config.rope_theta != 10000.0:
+        settings["rope_theta"] = config.rope_theta
+    scaling = config.rope_scaling
+    if scaling is not None:
+        settings["use_scaled_rope"] = True
+        if vars(scaling) != _rope_scaling(settings):
+            settings["rope_scaling_factor"] = scaling.factor
+        if vars(scaling) != _rope_scaling(settings):
+            raise ModelError(
+                f"{out} was not written: this model has {scaling}, and Meta's format allows no other lengths and "
+                f"factors than {RopeScaling(scaling.factor)}; use --to hf"
+            )
+    if _max_len(settings) != config.max_len:
+        settings["max_seq_len"] = config.max_len
+    return settings
+
+
+def _ffn_settings(config):
+    """multiple_of, and ffn_dim_multiplier if need be, from which `_ffn_dim` makes the config's width."""
+    width = config.ffn_dim
+    # the releases have 256, 1024 and 4096
+    for multiple in (256, 512, 1024, 2048, 4096, 128, 64, 32, 16, 8, 4, 2, 1):
+        settings = {"multiple_of": multiple}
+        if _ffn_dim({"dim": config.dim, **settings}) == width:
+            return settings
+    multiple = next(m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if width % m == 0)
+    plain = int(2 * 4 * config.dim / 3)
+    for digits in range(1, 18):  # as short a number as does it
+        # the middle of what is rounded up to the width
+        multiplier = round((width + 1 - multiple / 2) / plain, digits)
+        settings = {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
+        if multiplier > 0 and _ffn_dim({"dim": config.dim, **settings}) == width:
+            return settings
+    raise AssertionError(f"no multiplier makes {width} of {plain}")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -45,6 +45,7 @@ DEMO = Path(__file__).parent / "demo"
 # an upload is staged in pinned memory, which takes time to get and is not given back; smaller pieces cost more calls
 PIECE_BYTES = 16 << 20
 THREADS = 8
+CAST = 1 << 18  # float32 numbers that are made float16 by one call
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -98,12 +99,16 @@ class Folder:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: what `forward` and `generate` need.  files are those that the params may be maps of."""
+    """A loaded model: what `forward` and `generate` need.
+
+    files are those that the params may be maps of; path is the folder, where a chat template is looked for.
+    """
 
     params: Params
     config: ModelConfig
     tokenizer: Tokenizer
     files: tuple[MappedFile, ...] = ()
+    path: Path | None = None
 
     def close(self) -> None:
         """Give the weights' memory back now, whoever else holds them: they cannot be used any more."""
@@ -120,10 +125,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Weight:
-    """A float tensor that is read when it is written: blocks() yields rows, [n, in] at a time (of a norm [D], all)."""
+    """A tensor that is read when it is written: blocks() yields rows, [n, in] at a time (of a norm [D], all).
+
+    They are float arrays, or QTensors where the source is quantized and its int8 values are to be kept.
+    """
 
     shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Callable[[], Iterator[np.ndarray | QTensor]]
 
 
 def open_folder(path=None, tokenizer=None) -> Folder:
@@ -133,7 +141,7 @@ def open_folder(path=None, tokenizer=None) -> Folder:
     Raises ModelError naming the file when the folder is not a model, or sizes or types differ from its config.json's.
     """
     path = DEMO if path is None else Path(path)
-    config, quantize, keep_float = _read_config(path)
+    config, quantize, keep_float = read_config(path)
     tokenizer_file = Path(tokenizer) if tokenizer else find_tokenizer(path)
     reader = load_tokenizer(tokenizer_file)
     check_vocabulary(reader, tokenizer_file, config)
@@ -181,7 +189,7 @@ def load(
         file.check()
     # behind an upload the files do not matter any more
     config = replace(plan.config, impl=impl)
-    return Model(params, config, folder.tokenizer, folder.files if device.platform == "cpu" else ())
+    return Model(params, config, folder.tokenizer, folder.files if device.platform == "cpu" else (), folder.path)
 
 
 def plan_folder(
@@ -216,25 +224,28 @@ def _scheme_text(quantize, keep_float):
 
 
 def _check_scales(folder):
-    """Raise ModelError for scales that no quantization writes: they are few, and a wrong one spoils a whole row."""
     for name, scale in folder.tensors.items():
-        if not name.endswith(".scale"):
-            continue
-        right = np.isfinite(scale) & (scale >= 0)
-        if not right.all():
-            raise ModelError(
-                f"{folder.path}: {name} holds the scale {scale[~right][0]}, and a scale is finite and not negative; "
-                f"convert the checkpoint again"
-            )
-        values = folder.tensors[f"{name.removesuffix('.scale')}.values"]
-        for at in map(tuple, np.argwhere(scale == 0)):
-            if scale.ndim == values.ndim:
-                at = *at[:-1], slice(at[-1] * GROUP, (at[-1] + 1) * GROUP)
-            if values[at].any():
-                raise ModelError(
-                    f"{folder.path}: {name} is 0 where the values are not, at {list(at[: values.ndim - 1])}; convert "
-                    f"the checkpoint again"
-                )
+        if name.endswith(".scale"):
+            name = name.removesuffix(".scale")
+            check_scale(folder.path, name, folder.tensors[f"{name}.values"], scale)
+
+
+def check_scale(path: Path, name: str, values: np.ndarray, scale: np.ndarray) -> None:
+    """Raise ModelError for scales that no quantization writes: they are few, and a wrong one spoils a whole row.
+
+    values int8 [*out, in] are rows of the weight of this name, and scale [*out] or [*out, groups] theirs.
+    """
+    right = np.isfinite(scale) & (scale >= 0)
+    if not right.all():
+        raise ModelError(
+            f"{path}: {name}.scale holds the scale {scale[~right][0]}, and a scale is finite and not negative; "
+            f"convert the checkpoint again"
+        )
+    for at in map(tuple, np.argwhere(scale == 0)):
+        if scale.ndim == values.ndim:
+            at = *at[:-1], slice(at[-1] * GROUP, (at[-1] + 1) * GROUP)
+        if values[at].any():
+            raise ModelError(f"{path}: {name}.scale is 0 where the values are not; convert the checkpoint again")
 
 
 def _place(folder, plan, device):
@@ -382,8 +393,11 @@ def _name(keys):
     return ".".join(str(key.idx if hasattr(key, "idx") else key.name) for key in keys)
 
 
-def _read_config(path):
-    """The ModelConfig of a model folder, how its matrices are quantized, and which are float all the same."""
+def read_config(path: Path) -> tuple[ModelConfig, str | None, tuple[str, ...]]:
+    """The ModelConfig of a model folder, how its matrices are quantized, and which are float all the same.
+
+    Raises ModelError where its config.json is none, or another version's.
+    """
     file = path / "config.json"
     if not os.path.isdir(path):  # of Path, .is_dir raises for a name that is too long
         raise ModelError(f"{path}: no such folder; --model takes a folder that `python -m jaxllm.convert` wrote")
@@ -539,58 +553,99 @@ def save(
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Write a model folder from float weights, named as `parameter_shapes(abstract_params(config))`, block by block.
+    """Write a model folder from weights, named as `parameter_shapes(abstract_params(config))`, block by block.
 
     files are the others of the folder, by name, as paths or content: one of TOKENIZERS at least.
-    Matrices are quantized as quantize and keep_float say (see `abstract_params`), and else stored in config.dtype, like
-    the norms.  progress is called with the number of bytes written, again and again.  The folder appears under its name
-    when it is whole; whatever goes wrong before leaves nothing behind.  An existing model folder is replaced only with
-    overwrite, and anything else never.
+    Matrices are quantized as quantize and keep_float say (see `abstract_params`), unless their weights are so already,
+    and else stored in config.dtype, like the norms.  progress is called with the number of bytes written, again and
+    again.  The folder appears under its name when it is whole; whatever goes wrong before leaves nothing behind.  An
+    existing model folder is replaced only with overwrite, and anything else never.
     Raises ModelError when the folder exists or cannot be written, or a weight is too large for the dtype, or not finite
     and to be quantized.
     """
-    path = Path(path)
-    if os.path.lexists(path):
-        if not overwrite:
-            raise ModelError(f"{path} exists; choose another folder, or replace the model in it with --overwrite")
-        if not _may_be_replaced(path):
-            raise ModelError(f"{path} is not a model folder, so --overwrite does not replace it; choose another folder")
     expected = parameter_shapes(abstract_params(config))
     shapes = parameter_shapes(abstract_params(config, quantize, keep_float))
     assert weights.keys() == expected.keys() and all(weights[n].shape == expected[n].shape for n in expected)
-    header, offsets, total = _safetensors_header(shapes)
-
-    new = [folder for folder in path.parents if not os.path.exists(folder)]  # from the innermost
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if total > free:
-            raise ModelError(
-                f"{path}: the model takes {total / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free; "
-                f"free some or choose another disk" + ("" if quantize else ", or a smaller model with --quantize int8")
-            )
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        with (temporary / "model.safetensors").open("wb") as file:
+    header, offsets, total = safetensors_header(shapes)
+    remedy = "" if quantize else ", or a smaller model with --quantize int8"
+    with new_folder(Path(path), total, overwrite, remedy=remedy) as folder:
+        with (folder / "model.safetensors").open("wb") as file:
             file.write(header)
             for name, weight in weights.items():
                 try:
                     scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
                     _write_weight(file, name, weight, scheme, config.dtype, offsets, progress)
+                except ModelError:  # the source cannot be read
+                    raise
                 except ValueError as error:
                     raise ModelError(f"{path} was not written: {name} {error}") from None
             file.truncate(total)  # an empty tensor at the end writes nothing
-        for name, content in files.items():
-            if isinstance(content, bytes):
-                (temporary / name).write_bytes(content)
-            else:
-                shutil.copyfile(content, temporary / name)
-        text = {"format": "jaxllm", "format_version": FORMAT_VERSION, "quantization": quantize}
-        if quantize:
-            text["float"] = [*NORMS, *keep_float]
-        text["config"] = config.to_json()
+        write_files(folder, files)
         # last: a folder without it is not a model
-        (temporary / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+        (folder / "config.json").write_text(config_text(config, quantize, keep_float))
+
+
+def write_files(folder: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Write files, given as paths or content, into a folder by these names."""
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
+
+
+def config_text(config: ModelConfig, quantize: str | None = None, keep_float: Collection[str] = ()) -> str:
+    """The config.json of a model folder, whose matrices are as `abstract_params` says for these arguments."""
+    text = {"format": "jaxllm", "format_version": FORMAT_VERSION, "quantization": quantize}
+    if quantize:
+        text["float"] = [*NORMS, *keep_float]
+    return json.dumps(text | {"config": config.to_json()}, indent=2) + "\n"
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder's config.json says that it is of jaxllm's format, whatever its version."""
+    try:
+        text = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(text, dict) and text.get("format") == "jaxllm"
+
+
+@contextmanager
+def new_folder(
+    path: Path,
+    size: int,
+    overwrite: bool = False,
+    replaces: Callable[[Path], bool] = is_model_folder,
+    kind: str = "model",
+    remedy: str = "",
+) -> Iterator[Path]:
+    """A folder to write into, which gets the name `path` at the end; whatever goes wrong before leaves nothing behind.
+
+    size is that of what will be written, in bytes.  An existing folder is replaced only with overwrite, and only if
+    it is empty or replaces(path) holds, and anything else never; kind is what messages call such a folder, and remedy
+    what they add where the disk is too small.
+    Raises ModelError when path exists or cannot be written.
+    """
+    if os.path.lexists(path):
+        if not overwrite:
+            raise ModelError(f"{path} exists; choose another folder, or replace the model in it with --overwrite")
+        if not _is_empty(path) and not replaces(path):
+            raise ModelError(
+                f"{path} is not a {kind} folder, so --overwrite does not replace it; choose another folder"
+            )
+    new = [folder for folder in path.parents if not os.path.exists(folder)]  # from the innermost
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise ModelError(
+                f"{path}: the model takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free; "
+                f"free some or choose another disk{remedy}"
+            )
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
         _put_in_place(temporary, path)
         new = []
@@ -604,15 +659,11 @@ def save(
                 folder.rmdir()
 
 
-def _may_be_replaced(path):
-    """Whether a path is a model folder, whatever its version, or an empty folder."""
+def _is_empty(path):
     try:
-        if not any(path.iterdir()):
-            return True
-        text = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return not any(path.iterdir())
+    except OSError:
         return False
-    return isinstance(text, dict) and text.get("format") == "jaxllm"
 
 
 def _put_in_place(folder, path):
@@ -640,11 +691,13 @@ def _umask():
     return mask
 
 
-def _safetensors_header(shapes):
+def safetensors_header(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
     """The header for tensors of these shapes and dtypes, where the bytes of each start in the file, the file's size."""
     code = {dtype: name for name, dtype in _DTYPES.items()}
     size = {name: math.prod(s.shape) * s.dtype.itemsize for name, s in shapes.items()}
-    entries, begin = {}, 0
+    entries, begin = {} if metadata is None else {"__metadata__": dict(metadata)}, 0
     # the format allows no gaps: sizes that would push the next tensor off its alignment go last
     for name in sorted(shapes, key=lambda n: size[n] % ALIGNMENT != 0):
         end = begin + size[name]
@@ -657,7 +710,7 @@ def _safetensors_header(shapes):
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)  # padding with spaces is part of the format
     start = 8 + len(text)
-    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    offsets = {name: start + entries[name]["data_offsets"][0] for name in shapes}
     return len(text).to_bytes(8, "little") + text, offsets, start + begin
 
 
@@ -672,21 +725,50 @@ def _write_weight(file, name, weight, scheme, dtype, offsets, progress):
         written[part] = written.get(part, 0) + raw.nbytes
         progress(raw.nbytes)
 
-    for block in weight.blocks():
+    for block in _ahead(weight.blocks()):
         if scheme is None:
-            put(name, _cast(block, dtype))
+            put(name, cast(block, dtype))
         else:
-            quantized = quantize_weight(block, scheme)
+            quantized = block if isinstance(block, QTensor) else quantize_weight(block, scheme)
             put(f"{name}.values", quantized.values)
             put(f"{name}.scale", quantized.scale)
 
 
-def _cast(block, dtype):
+def _ahead(items):
+    """The items of an iterator, each made by another thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(next, items, None)
+        while (item := made.result()) is not None:
+            made = thread.submit(next, items, None)
+            yield item
+
+
+def cast(block: np.ndarray, dtype: str) -> np.ndarray:
+    """A float array as dtype.  Raises ValueError for a number that is finite and would not be any more."""
     if block.dtype == dtype:
         return block
     with np.errstate(over="ignore"):
-        cast = block.astype(dtype)
-    lost = ~np.isfinite(cast)
+        narrowed = _to_float16(block) if (block.dtype, dtype) == (np.float32, "float16") else block.astype(dtype)
+    most = float(ml_dtypes.finfo(dtype).max)
+    # of float32 this is much faster than what follows, and tells of nearly every block that nothing is lost
+    if block.dtype == np.float32 and block.size and -most <= block.min() and block.max() <= most:
+        return narrowed
+    lost = ~np.isfinite(narrowed)
     if lost.any() and np.isfinite(block[lost]).any():
         raise ValueError(f"holds a number that {dtype} cannot express; choose another --dtype")
-    return cast
+    return narrowed
+
+
+def _to_float16(block):
+    """block.astype("float16") of float32, for which numpy takes four times as long as XLA."""
+    flat, narrowed = block.reshape(-1), np.empty(block.size, np.float16)
+    whole = flat.size // CAST * CAST
+    for start in range(0, whole, CAST):  # of one size, for which one program is compiled
+        narrowed[start : start + CAST] = _narrow(flat[start : start + CAST])
+    narrowed[whole:] = flat[whole:]
+    return narrowed.reshape(block.shape)
+
+
+@jax.jit
+def _narrow(x):
+    return x.astype(jnp.float16)

@@ -47,8 +47,8 @@ def quantize(w, scheme: str = "int8") -> QTensor:
 
 
 def dequantize(w: QTensor, dtype=jnp.float32):
-    """The float weight [*out, in] that w stands for."""
-    weight = reference.dequantize(w.values, w.scale)
+    """The float weight [*out, in] that w stands for; numpy in, numpy out."""
+    weight = reference.dequantize(w.values, w.scale, jnp if isinstance(w.values, jax.Array) else np)
     return (rotate(weight) if w.int8_inputs else weight).astype(dtype)
 
 

@@ -117,13 +117,16 @@ def int8_matmul(x, values, scale, norm=None, residual=None, eps=0.0, gated=False
     return _finish(product if grouped else product * scale, residual, gated, dtype)
 
 
-def dequantize(values, scale):
-    """The weight float32 [*out, in] of int8 values [*out, in] and scale: [*out], or [*out, groups] of 128 inputs."""
+def dequantize(values, scale, xp=jnp):
+    """The weight float32 [*out, in] of int8 values [*out, in] and scale: [*out], or [*out, groups] of 128 inputs.
+
+    xp is jax.numpy, or numpy.
+    """
     if scale.ndim < values.ndim:
         scale = scale[..., None]
     else:
-        scale = jnp.repeat(scale, GROUP, axis=-1)[..., : values.shape[-1]]  # the last group may be short
-    return values.astype(jnp.float32) * scale
+        scale = xp.repeat(scale, GROUP, axis=-1)[..., : values.shape[-1]]  # the last group may be short
+    return values.astype(xp.float32) * scale
 
 
 def quantize_rows(x, xp=jnp):

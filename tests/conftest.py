@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import safetensors
 
-if importlib.util.find_spec("triton") and jax.default_backend() == "cpu":
+with pytest.MonkeyPatch.context() as patch:  # tests run in several processes, which share a GPU
+    patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    BACKEND = jax.default_backend()
+
+if importlib.util.find_spec("triton") and BACKEND == "cpu":
     import interpreter  # noqa: F401  before any kernel is defined: with a GPU they run for real
 
 from jaxllm.convert import __main__ as convert
@@ -32,7 +36,7 @@ SPLIT = {
 
 
 def pytest_collection_modifyitems(items):
-    if jax.default_backend() != "gpu":
+    if BACKEND != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
