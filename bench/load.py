@@ -40,7 +40,7 @@ def write_folder(folder, config, quantize):
     """Write a model folder with random int8 values or bfloat16 weights: its size in bytes."""
     folder.mkdir()
     shapes = loader.parameter_shapes(abstract_params(config, quantize))
-    header, offsets, total = loader._safetensors_header(shapes)
+    header, offsets, total = loader.safetensors_header(shapes)
     random = np.random.default_rng(0).integers(0, 256, BLOCK, np.uint8)
     # of a bfloat16: exponents from 2**-7 to 2**-4
     weights = ((random.view(np.uint16) & 0x81FF) | 0x3C00).view(np.uint8)

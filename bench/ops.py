@@ -321,7 +321,8 @@ def main():
     records = []
     for case in (*row_cases(), *attention_cases(), *matmul_cases(args.preset)):
         if case.group.startswith(tuple(args.only)):
-            here = [*ops.IMPLEMENTATIONS[case.op]] + (["cudnn"] if case.op == "attention" else [])
+            # cuDNN has no int8 cache
+            here = [*ops.IMPLEMENTATIONS[case.op]] + ["cudnn"] * (case.op == "attention" and "int8" not in case.name)
             records += measure(case, [name for name in here if name in args.impl], ceiling)
     if args.plot:
         plot(records, args.plot)
