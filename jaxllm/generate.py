@@ -54,6 +54,7 @@ GPU_MEMORY = {
 GPU_MEMORY_TOO = ("XLA_PYTHON_CLIENT_MEM_FRACTION",)  # another way for the user to decide
 
 COMMANDS = "/reset begins anew"  # of a conversation
+ANSWER = 512  # tokens of an answer in a conversation at most, unless the caller says otherwise
 
 _IMPORTED = time.perf_counter()
 
@@ -324,7 +325,7 @@ class Conversation:
         system: str | None = None,
         template: ChatTemplate | str | Path | None = None,
         sampling: Sampling | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = ANSWER,
         stop: Sequence[str] = (),
         max_len: int | None = None,
     ):
@@ -430,6 +431,8 @@ def main(argv: Sequence[str]) -> None:
         _print_plan(args)
         return
     prompts = _prompts(args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = ANSWER if prompts is None else 128
     _check_texts("prompt", prompts or ())
     _check_texts("stop string", args.stop)
     sampling = _sampling(args)
@@ -544,7 +547,9 @@ def _parse(argv):
     parser.add_argument(
         "--chat-template", metavar="FILE", help="with --chat: a Jinja template, or llama2 (default: the model's own)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"default: 128, in a conversation {ANSWER} for each answer"
+    )
     parser.add_argument("--temperature", type=float, help="default 0.8")
     parser.add_argument("--top-k", type=int, help="default 0: off")
     parser.add_argument("--top-p", type=float, help="default 1.0: off")

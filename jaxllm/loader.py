@@ -45,7 +45,8 @@ DEMO = Path(__file__).parent / "demo"
 # an upload is staged in pinned memory, which takes time to get and is not given back; smaller pieces cost more calls
 PIECE_BYTES = 16 << 20
 THREADS = 8
-CAST = 1 << 18  # float32 numbers that are made float16 by one call
+WRITERS = 4  # threads that convert weights and write them
+MANY = 1 << 16  # numbers that are worth a compiled program, where numpy is slow
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -569,17 +570,27 @@ def save(
     header, offsets, total = safetensors_header(shapes)
     remedy = "" if quantize else ", or a smaller model with --quantize int8"
     with new_folder(Path(path), total, overwrite, remedy=remedy) as folder:
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(header)
-            for name, weight in weights.items():
-                try:
-                    scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
-                    _write_weight(file, name, weight, scheme, config.dtype, offsets, progress)
-                except ModelError:  # the source cannot be read
-                    raise
-                except ValueError as error:
-                    raise ModelError(f"{path} was not written: {name} {error}") from None
-            file.truncate(total)  # an empty tensor at the end writes nothing
+        file = folder / "model.safetensors"
+        file.write_bytes(header)
+        os.truncate(file, total)  # weights go into their places in any order
+
+        def write(name):
+            scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
+            try:
+                _write_weight(file, name, weights[name], scheme, config.dtype, offsets, progress)
+            except ModelError:  # the source cannot be read
+                raise
+            except ValueError as error:
+                raise ModelError(f"{path} was not written: {name} {error}") from None
+
+        # several at a time: while one waits for the disk, another one is converted
+        with ThreadPoolExecutor(WRITERS) as threads:
+            try:
+                for written in [threads.submit(write, name) for name in weights]:
+                    written.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
         write_files(folder, files)
         # last: a folder without it is not a model
         (folder / "config.json").write_text(config_text(config, quantize, keep_float))
@@ -716,59 +727,42 @@ def safetensors_header(
 
 def _write_weight(file, name, weight, scheme, dtype, offsets, progress):
     """Write a weight's blocks to where the header puts them: with a scheme as int8 values and scales, else in dtype."""
-    written = {}
+    at = dict(offsets)
+    with file.open("r+b") as opened:
 
-    def put(part, array):
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        file.seek(offsets[part] + written.get(part, 0))
-        file.write(raw)
-        written[part] = written.get(part, 0) + raw.nbytes
-        progress(raw.nbytes)
+        def put(part, array):
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            opened.seek(at[part])
+            opened.write(raw)
+            at[part] += raw.nbytes
+            progress(raw.nbytes)
 
-    for block in _ahead(weight.blocks()):
-        if scheme is None:
-            put(name, cast(block, dtype))
-        else:
-            quantized = block if isinstance(block, QTensor) else quantize_weight(block, scheme)
-            put(f"{name}.values", quantized.values)
-            put(f"{name}.scale", quantized.scale)
-
-
-def _ahead(items):
-    """The items of an iterator, each made by another thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        made = thread.submit(next, items, None)
-        while (item := made.result()) is not None:
-            made = thread.submit(next, items, None)
-            yield item
+        for block in weight.blocks():
+            if scheme is None:
+                put(name, cast(block, dtype))
+            else:
+                quantized = block if isinstance(block, QTensor) else quantize_weight(block, scheme)
+                put(f"{name}.values", quantized.values)
+                put(f"{name}.scale", quantized.scale)
 
 
 def cast(block: np.ndarray, dtype: str) -> np.ndarray:
     """A float array as dtype.  Raises ValueError for a number that is finite and would not be any more."""
     if block.dtype == dtype:
         return block
-    with np.errstate(over="ignore"):
-        narrowed = _to_float16(block) if (block.dtype, dtype) == (np.float32, "float16") else block.astype(dtype)
-    most = float(ml_dtypes.finfo(dtype).max)
-    # of float32 this is much faster than what follows, and tells of nearly every block that nothing is lost
-    if block.dtype == np.float32 and block.size and -most <= block.min() and block.max() <= most:
-        return narrowed
-    lost = ~np.isfinite(narrowed)
-    if lost.any() and np.isfinite(block[lost]).any():
+    if block.dtype == np.float32 and dtype == "float16" and block.size >= MANY:
+        narrowed, lost = _narrow(block)  # numpy takes four times as long
+    else:
+        with np.errstate(over="ignore"):
+            narrowed = block.astype(dtype)
+        infinite = ~np.isfinite(narrowed)
+        lost = infinite.any() and np.isfinite(block[infinite]).any()
+    if lost:
         raise ValueError(f"holds a number that {dtype} cannot express; choose another --dtype")
-    return narrowed
-
-
-def _to_float16(block):
-    """block.astype("float16") of float32, for which numpy takes four times as long as XLA."""
-    flat, narrowed = block.reshape(-1), np.empty(block.size, np.float16)
-    whole = flat.size // CAST * CAST
-    for start in range(0, whole, CAST):  # of one size, for which one program is compiled
-        narrowed[start : start + CAST] = _narrow(flat[start : start + CAST])
-    narrowed[whole:] = flat[whole:]
-    return narrowed.reshape(block.shape)
+    return np.asarray(narrowed)
 
 
 @jax.jit
 def _narrow(x):
-    return x.astype(jnp.float16)
+    narrowed = x.astype(jnp.float16)
+    return narrowed, jnp.any(jnp.isinf(narrowed) & jnp.isfinite(x))

@@ -822,3 +822,17 @@ def test_claims_take_no_memory(path):
         assert isinstance(we_read(path, content), str)
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
         tracemalloc.stop()
+
+
+def test_many_numbers_become_float16_as_few_do():
+    bits = np.random.default_rng(0).integers(0, 1 << 32, loader.MANY + 77, dtype=np.uint32)
+    special = np.float32([65519.99, 6e-8, 2.9e-8, -0.0, np.inf, -np.inf, np.nan])
+    block = np.concatenate([bits.view(np.float32), special])
+    block[np.isfinite(block) & (np.abs(block) >= 65520)] = 1e-6  # these do not fit
+    expected, found = block.astype(np.float16), loader.cast(block, "float16")
+    is_nan = np.isnan(expected)
+    assert is_nan.any() and np.array_equal(np.isnan(found), is_nan)
+    assert np.array_equal(found.view(np.uint16)[~is_nan], expected.view(np.uint16)[~is_nan])
+    block[77] = 65520
+    with pytest.raises(ValueError, match="a number that float16 cannot express"):
+        loader.cast(block, "float16")
