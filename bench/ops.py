@@ -27,7 +27,7 @@ from jaxllm.kernels.reference import GROUP
 
 TRAFFIC = 1 << 30  # bytes that one program reads, from arrays of its own for each call: much more than an L2 holds
 ROWS = (4, 16, 64, 128, 512, 2048)
-PROGRAMS = 5
+ROUNDS = 32  # enough that the wait for their end does not count
 REPEATS = 5
 
 
@@ -194,29 +194,35 @@ def row_cases():
 
 
 def seconds(function, sets, carried=0):
-    """Seconds of one call of function on one of the sets of arrays.
+    """Seconds of one call of function on one of the sets of arrays, as in a decode loop: all calls in one CUDA graph.
 
     The last `carried` arrays are updated in place: they are given away, and the last results take their places.
     """
     state = [arrays[len(arrays) - carried :] for arrays in sets]
     fixed = [arrays[: len(arrays) - carried] for arrays in sets]
-
-    @partial(jax.jit, donate_argnums=1)
-    def program(fixed, state):
-        results = [function(*arrays, *mine) for arrays, mine in zip(fixed, state, strict=True)]
-        if not carried:
-            return results, state
-        return [result[:-carried] for result in results], [list(result[-carried:]) for result in results]
-
+    program = jax.jit(partial(_rounds, function, carried), donate_argnums=1)
     _, state = jax.block_until_ready(program(fixed, state))
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in range(PROGRAMS):  # queued without waiting, so that the GPU never waits for the host
-            results, state = program(fixed, state)
-        jax.block_until_ready(results)
+        results, state = jax.block_until_ready(program(fixed, state))
         times.append(time.perf_counter() - start)
-    return float(np.median(times)) / (PROGRAMS * len(sets))
+    return float(np.median(times)) / (ROUNDS * len(sets))
+
+
+def _rounds(function, carried, fixed, state):
+    """Call function on every set, ROUNDS times: the last results that are not carried, and the carried ones."""
+
+    def call_all(number, state):
+        # tied to the round, or XLA would compute before the loop what no round changes
+        arrays, _ = jax.lax.optimization_barrier((fixed, number))
+        results = [function(*given, *mine) for given, mine in zip(arrays, state, strict=True)]
+        if not carried:
+            return results, state
+        return [result[:-carried] for result in results], [list(result[-carried:]) for result in results]
+
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(call_all, 0, state)[0])
+    return jax.lax.fori_loop(0, ROUNDS, lambda number, carry: call_all(number, carry[1]), (empty, state))
 
 
 def ceilings():

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
             return _print_download(id)
         if os.path.lexists(args.out) and not args.overwrite:  # before many GB are downloaded
             raise InputError(f"{args.out} exists; choose another folder, or replace what is in it with --overwrite")
-        source = hub.download(id)
+        source = hub.download(id, hf.read_config)
     if args.out is not None:
         out, inside = args.out.resolve(), source.resolve()
         if out == inside or out in inside.parents:

@@ -105,9 +105,7 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
     Raises ModelError naming the file when something is missing or not supported, or sizes differ from config.json's.
     """
     file = source / "config.json"
-    settings = read_json(file)
-    family = _find_family(file, settings)
-    config = _read_config(file, family, settings)
+    settings, family, config = read_config(source)
     files = carried_files(source, tokenizer_file)
 
     tensors = _name_parts(file, config, family, read_tensors(source))
@@ -134,6 +132,17 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
 
 
 # config.json
+
+
+def read_config(source: Path) -> tuple[dict, Family, ModelConfig]:
+    """What a folder's config.json says, its family, and the config that both make.
+
+    Raises ModelError when the family or one of its settings is not supported.
+    """
+    file = source / "config.json"
+    settings = read_json(file)
+    family = _find_family(file, settings)
+    return settings, family, _read_config(file, family, settings)
 
 
 def _find_family(file, settings):

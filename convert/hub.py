@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from jaxllm.errors import InputError, ModelError
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:/([^@]+\.gguf))?(?:@(.+))?", re.ASCII)
 _META = r"(original/)?(params\.json|consolidated\.\d+\.pth|tokenizer\.(model|json))"
+CONFIG = "config.json"
 _MOST_NAMES = 12  # in a message
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -44,17 +45,24 @@ def file_sizes(id: HubId) -> dict[str, int]:
     return {name: sizes[name] for name in names}
 
 
-def download(id: HubId) -> Path:
+def download(id: HubId, check: Callable[[Path], object]) -> Path:
     """Download what conversion needs of a model, unless it is in huggingface_hub's cache: the folder or file there.
 
-    Of weights in several formats it takes safetensors, else PyTorch's, else Meta's, else the one GGUF file.
+    Of weights in several formats it takes safetensors, else PyTorch's, else Meta's, else the one GGUF file.  Where
+    there is a config.json, check(folder) is called with that alone in the folder, and what it raises is raised before
+    any weights are downloaded.
     Raises InputError when huggingface_hub is not installed, the Hub cannot be reached, or does not give the model.
     """
     names, inside = _choose(id, _find_files(id))
+    if CONFIG in names:
+        check(_snapshot(id, [CONFIG]))
+    return _snapshot(id, names) / inside
+
+
+def _snapshot(id, names):
     with _telling(id) as hub:
         patterns = [glob.escape(name) for name in names]
-        folder = hub.snapshot_download(id.repo, revision=id.revision, allow_patterns=patterns)
-    return Path(folder) / inside
+        return Path(hub.snapshot_download(id.repo, revision=id.revision, allow_patterns=patterns))
 
 
 def _find_files(id):
@@ -81,8 +89,8 @@ def _choose(id: HubId, names: Collection[str]) -> tuple[list[str], str]:
         return [_whole(id, id.file)], id.file
     top = sorted(name for name in names if "/" not in name)
     weights = _weights(top)
-    if "config.json" in top and weights:
-        return ["config.json", *(name for name in top if name in CARRIED), *weights], ""
+    if CONFIG in top and weights:
+        return [CONFIG, *(name for name in top if name in CARRIED), *weights], ""
     for prefix in ("", "original/"):
         found = [name for name in names if (match := re.fullmatch(_META, name)) and (match[1] or "") == prefix]
         if any(name.endswith(".pth") for name in found):

@@ -137,6 +137,7 @@ def server():
             "org/meta": meta,
             "org/ggufs": {"a.Q4_0.gguf": b"GGUF\3\0\0\0", "b.Q8_0.gguf": b""},
             "org/nothing": {"README.md": b""},
+            "org/mixtral": model | {"config.json": b'{"model_type": "mixtral"}'},
         }
     )
 
@@ -182,12 +183,14 @@ def test_what_the_hub_refuses_is_one_line(server, tmp_path):
         "org/ggufs/a.Q4_0.gguf": "a.Q4_0.gguf: its header ends at byte",
         "org/nothing": "but README.md; choose another model",
         "org--x/y": "no Hub id (",
+        "org/mixtral": "config.json has model_type='mixtral', which is not supported; the known families are llama",
     }
     with server.running() as endpoint:
         found, _ = run(tmp_path / "home", endpoint, *([id, tmp_path / "out"] for id in cases))
     for (status, line), (id, said) in zip(found, cases.items(), strict=True):
         assert status == 2 and line.startswith("error: ") and said in line and len(line) < 400, (id, line)
     assert not (tmp_path / "out").exists()
+    assert {name for name in server.requests if name.startswith("org/mixtral/")} == {"org/mixtral/config.json"}
 
 
 @pytest.mark.slow  # huggingface_hub waits before it tries again
@@ -209,7 +212,7 @@ def test_without_huggingface_hub(tmp_path, monkeypatch):
 
 
 def test_a_path_comes_first_and_an_out_that_exists_is_told_before_the_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "download", lambda id: pytest.fail(f"downloads {id}"))
+    monkeypatch.setattr(hub, "download", lambda id, _: pytest.fail(f"downloads {id}"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     with pytest.raises(ModelError, match="org/name is no checkpoint of a known kind"):
