@@ -277,16 +277,18 @@ def timed(source, warm, action):
 def convert(source, out, *options):
     """Convert in a child process: its peaks of memory."""
     command = [sys.executable, "-m", "jaxllm.convert", str(source), str(out), *map(str, options)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     peaks = 0, 0
-    while True:
-        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-        if pid:
-            break
-        peaks = tuple(map(max, peaks, memory(child.pid)))
-        time.sleep(INTERVAL)
-    if status:
-        sys.exit(f"{' '.join(command)} failed: {child.stderr.read()[-2000:]}")
+    with tempfile.TemporaryFile("w+") as said:  # the child would wait for a pipe that nobody empties
+        child = subprocess.Popen(command, stderr=said)
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            peaks = tuple(map(max, peaks, memory(child.pid)))
+            time.sleep(INTERVAL)
+        if status:
+            said.seek(0)
+            sys.exit(f"{' '.join(command)} failed: {said.read()[-2000:]}")
     cpu = usage.ru_utime + usage.ru_stime
     return {"private_peak_bytes": peaks[0], "anonymous_peak_bytes": peaks[1], "cpu_seconds": cpu}
 
