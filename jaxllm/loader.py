@@ -10,8 +10,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -574,10 +575,18 @@ def save(
         file.write_bytes(header)
         os.truncate(file, total)  # weights go into their places in any order
 
+        turn, stop = threading.Lock(), threading.Event()
+
+        def count(number):
+            if stop.is_set():  # something failed, or the user does not want to wait
+                raise CancelledError
+            with turn:
+                progress(number)
+
         def write(name):
             scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
             try:
-                _write_weight(file, name, weights[name], scheme, config.dtype, offsets, progress)
+                _write_weight(file, name, weights[name], scheme, config.dtype, offsets, count)
             except ModelError:  # the source cannot be read
                 raise
             except ValueError as error:
@@ -589,6 +598,7 @@ def save(
                 for written in [threads.submit(write, name) for name in weights]:
                     written.result()
             except BaseException:
+                stop.set()
                 threads.shutdown(cancel_futures=True)
                 raise
         write_files(folder, files)
