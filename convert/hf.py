@@ -35,7 +35,7 @@ from jaxllm.convert.checkpoint import (
     stored_shape,
 )
 from jaxllm.errors import ModelError
-from jaxllm.loader import find_tokenizer, new_folder, read_safetensors, safetensors_header, write_files
+from jaxllm.loader import find_tokenizer, new_folder, not_written, read_safetensors, safetensors_header, write_files
 from jaxllm.tokenizer import load_tokenizer
 
 # how weights are stored: the name of the file that holds all of them, and its reader; with .index.json, many files'
@@ -444,14 +444,10 @@ def save_checkpoint(
     total = sum(shape.size * dtype.itemsize for part in files.values() for shape in part.values())
 
     with new_folder(out, total, overwrite, _may_be_replaced, "Hugging Face") as folder:
-        try:
+        with not_written(out):
             tensors = model_tensors(checkpoint)
             for name, part in files.items():
                 _write_safetensors(folder / name, part, tensors, progress)
-        except ModelError:  # the source cannot be read
-            raise
-        except ValueError as error:
-            raise ModelError(f"{out} was not written: {error}") from None
         if len(files) > 1:
             weight_map = {tensor: name for name, part in files.items() for tensor in part}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

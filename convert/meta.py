@@ -27,7 +27,7 @@ from jaxllm.convert.checkpoint import (
     tokenizer_name,
 )
 from jaxllm.errors import ModelError
-from jaxllm.loader import find_tokenizer, new_folder, write_files
+from jaxllm.loader import find_tokenizer, new_folder, not_written, write_files
 
 # name in a layer -> its name in `model_weights`, and the axis on which the shards are to be joined (None: every shard
 # has the whole)
@@ -337,12 +337,8 @@ def save_checkpoint(
                 progress(count)
 
     with new_folder(out, int(total), overwrite, _may_be_replaced, "Meta") as folder:
-        try:
+        with not_written(out):
             pth.write(folder / "consolidated.00.pth", tensors())
-        except ModelError:  # the source cannot be read
-            raise
-        except ValueError as error:
-            raise ModelError(f"{out} was not written: {error}") from None
         write_files(folder, checkpoint.files)
         (folder / "params.json").write_text(json.dumps(settings, indent=2) + "\n")
 

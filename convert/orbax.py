@@ -33,6 +33,7 @@ from jaxllm.loader import (
     check_scale,
     config_text,
     new_folder,
+    not_written,
     parameter_shapes,
     read_config,
     write_files,
@@ -227,12 +228,8 @@ def save_checkpoint(
         (folder / PARAMS).mkdir()
         context = tensorstore.Context({"file_io_sync": False})
         for name, weight in checkpoint.weights.items():
-            try:
+            with not_written(out, name):
                 arrays = _whole(name, weight, shapes)
-            except ModelError:  # the source cannot be read
-                raise
-            except ValueError as error:
-                raise ModelError(f"{out} was not written: {name} {error}") from None
             while arrays:
                 leaf, array = arrays.popitem()
                 _write_array(tensorstore, context, folder / PARAMS, leaf, array)

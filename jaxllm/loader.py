@@ -585,12 +585,8 @@ def save(
 
         def write(name):
             scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
-            try:
+            with not_written(path, name):
                 _write_weight(file, name, weights[name], scheme, config.dtype, offsets, count)
-            except ModelError:  # the source cannot be read
-                raise
-            except ValueError as error:
-                raise ModelError(f"{path} was not written: {name} {error}") from None
 
         # several at a time: while one waits for the disk, another one is converted
         with ThreadPoolExecutor(WRITERS) as threads:
@@ -630,6 +626,17 @@ def is_model_folder(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(text, dict) and text.get("format") == "jaxllm"
+
+
+@contextmanager
+def not_written(path: Path, *weight: str) -> Iterator[None]:
+    """Raise a ValueError, of a weight whose numbers cannot be stored so, as the ModelError of the folder to write."""
+    try:
+        yield
+    except ModelError:  # the source cannot be read
+        raise
+    except ValueError as error:
+        raise ModelError(f"{path} was not written: {' '.join([*weight, str(error)])}") from None
 
 
 @contextmanager
