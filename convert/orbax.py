@@ -32,6 +32,7 @@ from jaxllm.loader import (
     Weight,
     check_scale,
     config_text,
+    expected_shapes,
     new_folder,
     not_written,
     parameter_shapes,
@@ -101,15 +102,8 @@ def _open_arrays(source, config, quantize, keep_float):
     check_file(file)
     metadata = read_json(file)
     names = _leaf_names(file, metadata)
-    if config.n_layers > len(names):  # before names are made for so many
-        raise ModelError(
-            f"{source / 'config.json'} has n_layers={config.n_layers}, but {file} names {len(names)} arrays; is it "
-            f"another model's?"
-        )
-    try:
-        expected = parameter_shapes(abstract_params(config, quantize, keep_float))
-    except InputError as error:  # the output of a tied model
-        raise ModelError(f"{source / 'config.json'}: {error}") from None
+    hold = f"{file} names {len(names)} arrays; is it another model's?"
+    expected = expected_shapes(source, config, quantize, keep_float, len(names), hold)
     kind = f"a model with quantization={quantize}, tied={config.tied} and {config.n_layers} layers"
     for name in sorted(names ^ expected.keys()):
         what = "has {!r}, which {} does not have" if name in names else "lacks {!r}, which {} has"

@@ -435,6 +435,22 @@ def read_config(path: Path) -> tuple[ModelConfig, str | None, tuple[str, ...]]:
         raise ModelError(f"{file}: {error}") from None
 
 
+def expected_shapes(
+    path: Path, config: ModelConfig, quantize: str | None, keep_float: Collection[str], count: int, hold: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `read_config` of a folder with `count` arrays makes them, by name.
+
+    Raises ModelError where its config.json cannot be of that folder; hold says what is in it, and what to do.
+    """
+    file = path / "config.json"
+    if config.n_layers > count:  # before names are made for so many
+        raise ModelError(f"{file} has n_layers={config.n_layers}, but {hold}")
+    try:
+        return parameter_shapes(abstract_params(config, quantize, keep_float))
+    except InputError as error:  # the output of a tied model
+        raise ModelError(f"{file}: {error}") from None
+
+
 def _read_tensors(path, config, quantize, keep_float):
     """Views of all tensors in a folder's *.safetensors, checked against what the config makes them; and these files."""
     files = sorted(path.glob("*.safetensors"))
@@ -442,15 +458,8 @@ def _read_tensors(path, config, quantize, keep_float):
         raise ModelError(f"{path} has a config.json but no *.safetensors; convert the checkpoint again")
     mapped = [_map(file) for file in files]
     found = [(file.path, name, array) for file, data in mapped for name, array in _read_map(file.path, data).items()]
-    if config.n_layers > len(found):  # before names are made for so many
-        raise ModelError(
-            f"{path / 'config.json'} has n_layers={config.n_layers}, but the *.safetensors hold {len(found)} tensors; "
-            f"convert the checkpoint again"
-        )
-    try:
-        expected = parameter_shapes(abstract_params(config, quantize, keep_float))
-    except InputError as error:  # the output of a tied model
-        raise ModelError(f"{path / 'config.json'}: {error}") from None
+    hold = f"the *.safetensors hold {len(found)} tensors; convert the checkpoint again"
+    expected = expected_shapes(path, config, quantize, keep_float, len(found), hold)
     tensors = {}
     for file, name, array in found:
         if name in tensors or name not in expected:
