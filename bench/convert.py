@@ -37,9 +37,9 @@ SLOWEST = 1.5  # times a plain copy
 SHARD = 5e9  # bytes of one file, for Hugging Face's
 INTERVAL = 0.02  # s between two looks at the child's memory
 STARTED = 150e6  # bytes: a guess at Python, numpy and JAX, imported and idle, and the tokenizer
-# bytes for each element of a block: its copy where it is joined, one more that is written meanwhile, and the float32
-# behind a quantized type
-PER_ELEMENT = {"meta": 6, "hf": 6, "bin": 6, "orbax": 6, "gguf-f16": 6, "gguf-q8_0": 18, "gguf-q4_k": 22}
+# bytes for each element of a block: its copy where it is joined and one more that is written meanwhile; for a quantized
+# type also a copy of its bytes and what becomes of them, in each of four threads
+PER_ELEMENT = {"meta": 6, "hf": 6, "bin": 6, "orbax": 6, "gguf-f16": 6, "gguf-q8_0": 18, "gguf-q4_k": 16}
 
 # part of `checkpoint.part_shapes` -> its names in Meta's, Hugging Face's and GGUF's files, and the axis Meta splits
 TOP = {

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.config import ModelConfig, RopeScaling
+from jaxllm.convert import ggml
 from jaxllm.convert.checkpoint import (
     Checkpoint,
     Tensor,
@@ -25,7 +26,7 @@ from jaxllm.convert.checkpoint import (
     stored_shape,
     tokenizer_name,
 )
-from jaxllm.errors import InputError, ModelError
+from jaxllm.errors import ModelError
 from jaxllm.loader import advise
 from jaxllm.model import rope_frequencies
 from jaxllm.tokenizer import LLAMA3_DIGITS, LLAMA3_SPLIT
@@ -154,9 +155,10 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
     """Open a GGUF file of version 2 or 3, little-endian and not split.
 
     dtype is what float weights are to be stored as: by default as they are in a file of one float type, and float16,
-    the type of their scales, where matrices are quantized.  tokenizer_file replaces the tokenizer in the file.
+    the type of their scales, where matrices are quantized; these are dequantized to it at once, as `Stored` says.
+    tokenizer_file replaces the tokenizer in the file.
     Raises ModelError naming the file when it is damaged, or no model of a known family, or has settings or tensor types
-    that are not supported; InputError when it is quantized and the gguf package, which dequantizes, is not installed.
+    that are not supported.
     """
     own = {} if tokenizer_file is None else {tokenizer_name(tokenizer_file): tokenizer_file}
     try:
@@ -165,6 +167,7 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
         files = _tokenizer_files(metadata, own)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None
+    tensors = {name: replace(tensor, dtype=config.dtype) for name, tensor in tensors.items()}
     family = _FAMILIES[metadata["general.architecture"]]
     weights = model_weights(config, _named(tensors, config, family), family.adjacent_pairs)
     return Checkpoint(config=config, weights=weights, files=files)
@@ -175,12 +178,16 @@ def open_checkpoint(source: Path, tokenizer_file: Path | None = None, dtype: str
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a mapped file, [rows, in] or [rows]; rows() dequantizes to float32, and floats stay what they are."""
+    """A tensor in a mapped file, [rows, in] or [rows]: floats stay what they are, and what is quantized becomes dtype.
+
+    Rows with a number that does not fit into dtype become float32 instead.
+    """
 
     data: mmap.mmap
     code: int
     shape: tuple[int, ...]
     start: int
+    dtype: str = "float32"
 
     @property
     def type(self) -> Type:
@@ -194,9 +201,8 @@ class Stored:
         if self.type.dtype is not None:
             rows = raw.copy().view(self.type.dtype).reshape(shape)
         else:
-            dequantize, types = _gguf()
-            with np.errstate(all="ignore"):  # a scale may be NaN
-                rows = dequantize(raw.reshape(shape[0], row), types(self.code)).reshape(shape)
+            blocks = raw.reshape(-1, self.type.size)
+            rows = ggml.dequantize(blocks, self.type.name, self.dtype).reshape(shape)
         # pages of a mapped file that were read count as this process's memory until they are given back
         advise(np.frombuffer(self.data, np.uint8), "MADV_DONTNEED")
         return rows
@@ -213,16 +219,6 @@ class Part:
     def rows(self, start, stop):
         """Rows start to stop of the part, as an array of its own."""
         return self.whole.rows(self.first + start, self.first + stop)
-
-
-def _gguf():
-    """The dequantizer of the gguf package, and its type of type codes."""
-    try:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-    except ImportError:
-        raise InputError("quantized GGUF files need the gguf package; install it with: pip install gguf") from None
-    return dequantize, GGMLQuantizationType
 
 
 def _size(type, shape):
@@ -414,8 +410,6 @@ def _check_tensors(tensors, config, family, architecture):
             )
         if len(shape) == 1 and tensor.type.dtype is None:
             raise ModelError(f"tensor {name} is {tensor.type.name}, and a vector must be F32, F16 or BF16")
-    if any(tensor.type.dtype is None for tensor in tensors.values()):
-        _gguf()
     extra = sorted(tensors.keys() - expected.keys() - {"rope_freqs.weight"})
     if extra and extra[0].startswith("rope_factors"):
         raise ModelError("stretches RoPE by longrope; supported is LLaMA 3's way, take a model with a shorter context")

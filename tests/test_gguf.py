@@ -1,4 +1,4 @@
-"""convert/gguf.py against oracles of other people's code, the gguf package's writer and dequantizer, and bad input."""
+"""convert/gguf.py and ggml.py against oracles of other people's code, gguf's writer and dequantizer, and bad input."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import RopeScaling
+from jaxllm.convert import ggml
 from jaxllm.convert import gguf as ours
 from jaxllm.errors import InputError, ModelError
 from jaxllm.loader import load, save
@@ -277,13 +278,146 @@ def test_types_are_those_of_ggml():
     for code, type in ours._TYPES.items():
         theirs = gguf.GGMLQuantizationType(code)
         assert (type.name, type.block, type.size) == (theirs.name, *gguf.GGML_QUANT_SIZES[theirs])
+    assert ggml.LAYOUTS.keys() == {type.name for type in ours._TYPES.values() if type.dtype is None}
+
+
+def random_blocks(name, count, scales):
+    """Blocks of random bytes with these float16 scales, in turn."""
+    _, size = gguf.GGML_QUANT_SIZES[TYPES[name]]
+    blocks = np.random.default_rng(2).integers(0, 256, (count, size), np.uint8)
+    place = blocks[:, ggml.LAYOUTS[name].scales]
+    place[:] = np.resize(np.array(scales, np.float16), place.size // 2).view(np.uint8).reshape(place.shape)
+    return blocks
+
+
+def their_dequantize(blocks, name):
+    with np.errstate(all="ignore"):
+        return gguf.dequantize(blocks, TYPES[name])
+
+
+@pytest.mark.parametrize("name", ggml.LAYOUTS)
+def test_dequantize_against_gguf(name):
+    scales = [1, -3, 0.1, -0.0, 65504, -65504, np.nan, 6e-8, -5e-5, np.inf, 0, -np.inf, 7.99]
+    blocks = random_blocks(name, 37, scales)
+    found, expected = ggml.dequantize(blocks, name), their_dequantize(blocks, name)
+    nan = np.isnan(expected)
+    assert 0 < nan.mean() < 0.5
+    np.testing.assert_array_equal(np.isnan(found), nan)
+    np.testing.assert_array_equal(found.view(np.int32)[~nan], expected.view(np.int32)[~nan])  # and zeros' signs
+
+    for count, dtype in (5, "float16"), (1, "bfloat16"):
+        blocks = random_blocks(name, count, [-7.99, 6e-8, 0.01])
+        found, expected = ggml.dequantize(blocks, name, dtype), their_dequantize(blocks, name).astype(dtype)
+        assert found.dtype == dtype and np.isfinite(found.astype(np.float32)).all()
+        np.testing.assert_array_equal(found.view(np.int16), expected.view(np.int16))
+
+
+@pytest.mark.parametrize("scale, fits", [(8, True), (-300, True), (65504, False), (np.inf, True), (np.nan, True)])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_1"])
+def test_numbers_that_may_be_too_large_for_float16(name, scale, fits):
+    blocks = random_blocks(name, 5, [1, 2, 3, 4, scale])
+    found, expected = ggml.dequantize(blocks, name, "float16"), their_dequantize(blocks, name)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(found, expected.astype(np.float16) if fits else expected)
+    assert found.dtype == (np.float16 if fits else np.float32)
+
+
+IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+UP_AND_DOWN = bytes(up | 15 - up << 4 for up in range(16))
+
+
+def sparse(*pieces):
+    """Bytes from (count, {index: value}) pieces that are 0 elsewhere."""
+    return b"".join(bytes(values.get(i, 0) for i in range(count)) for count, values in pieces)
+
+
+# name, a block, its numbers: a list, or {a run of elements: value} and {element: value}, and 0 elsewhere
+BY_HAND = [
+    ("Q4_0", struct.pack("<e", 0.5) + UP_AND_DOWN, [(q - 8) / 2 for q in [*range(16), *range(15, -1, -1)]]),
+    ("Q4_1", struct.pack("<ee", 0.5, -2) + UP_AND_DOWN, [q / 2 - 2 for q in [*range(16), *range(15, -1, -1)]]),
+    (
+        "Q5_0",
+        struct.pack("<eI", 0.25, 1 | 1 << 17 | 1 << 31) + sparse((16, {1: 0x32})),
+        {(0, 32): -4, 0: 0, 1: -3.5, 17: 0.75, 31: 0},
+    ),
+    (
+        "Q5_1",
+        struct.pack("<eeI", 0.25, 1, 1 | 1 << 17 | 1 << 31) + sparse((16, {1: 0x32})),
+        {(0, 32): 1, 0: 5, 1: 1.5, 17: 5.75, 31: 5},
+    ),
+    ("Q8_0", struct.pack("<e32b", 0.5, *range(-128, 128, 8)), [q / 2 for q in range(-128, 128, 8)]),
+    (
+        "Q2_K",
+        sparse((16, {0: 0x53, 6: 1, 9: 2}), (64, {0: 0b11_10_01_11, 50: 1})) + struct.pack("<ee", 0.5, 0.25),
+        {(0, 16): -1.25, 0: 3.25, 96: 1.5, 146: 1},
+    ),
+    (
+        "Q3_K",
+        sparse((32, {16: 0x40}), (64, {1: 1, 48: 0x20}))
+        + sparse((12, {0: 3, 5: 0x10, 8: 0xAA, 9: 0xEA, 10: 0xAA, 11: 0xAA}))
+        + struct.pack("<e", 0.5),
+        {(0, 16): -6, 1: -4.5, (208, 224): -34, 208: 17},
+    ),
+    (
+        "Q4_K",
+        struct.pack("<ee", 0.5, 0.25) + sparse((12, {0: 3, 1: 0x80, 4: 2, 5: 0x40, 9: 0x5A}), (128, {1: 4, 71: 0x90})),
+        {(0, 32): -0.5, 1: 5.5, (160, 192): -5.25, 167: 183.75},
+    ),
+    (
+        "Q5_K",
+        struct.pack("<ee", 0.5, 0.25)
+        + sparse((12, {0: 3, 1: 0x80, 4: 2, 5: 0x40, 9: 0x5A}), (32, {7: 0x20}), (128, {1: 4, 71: 0x90})),
+        {(0, 32): -0.5, 1: 5.5, (160, 192): -5.25, 167: 519.75},
+    ),
+    (
+        "Q6_K",
+        sparse((128, {5: 15, 99: 0x70}), (64, {35: 0xC0}), (16, {0: 254, 14: 5})) + struct.pack("<e", 0.5),
+        {(0, 16): 32, 5: 17, (224, 240): -80, 227: 57.5},
+    ),
+    ("IQ4_NL", struct.pack("<e", 0.5) + UP_AND_DOWN, [value / 2 for value in IQ4 + IQ4[::-1]]),
+    (
+        "IQ4_XS",
+        struct.pack("<eH", 0.5, 0xAAEA) + sparse((4, {1: 0x50}), (128, {50: 0x1F})),
+        {(96, 128): -127 * 10.5, 98: 113 * 10.5, 114: -104 * 10.5},
+    ),
+]
+
+
+@pytest.mark.parametrize("name, block, numbers", BY_HAND, ids=[case[0] for case in BY_HAND])
+def test_dequantize_by_hand(name, block, numbers):
+    found = ggml.dequantize(np.frombuffer(block, np.uint8)[None], name)[0]
+    if isinstance(numbers, dict):
+        expected = np.zeros_like(found)
+        for at, value in numbers.items():
+            expected[slice(*at) if isinstance(at, tuple) else at] = value
+    else:
+        expected = np.array(numbers)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_numbers_that_float16_cannot_express(tmp_path):
+    """A conversion of a quantized file fails as one of floats does; NaN is stored."""
+    for scale, fits in (-4, True), (np.nan, True), (65504, False):
+        tensors = small(dim=32)
+        tensors["output.weight"] = random_blocks("Q8_0", 5, [1, 1, scale])
+        types = {"output.weight": TYPES["Q8_0"]}
+        file = write(tmp_path / "model", tensors, SIZES | {"embedding_length": 32}, types=types)
+        checkpoint, out = ours.open_checkpoint(file), tmp_path / f"out{scale}"
+        if not fits:
+            with pytest.raises(ModelError, match="output holds a number that float16 cannot express"):
+                save(out, checkpoint.config, checkpoint.weights, checkpoint.files)
+            continue
+        save(out, checkpoint.config, checkpoint.weights, checkpoint.files)
+        with np.errstate(all="ignore"):
+            expected = their_dequantize(tensors["output.weight"], "Q8_0").astype(np.float16)
+        np.testing.assert_array_equal(as_arrays(out / "model.safetensors")["output"], expected)
 
 
 @pytest.mark.parametrize("name", [type.name for type in ours._TYPES.values()])
 def test_every_type_through_the_whole_path(tmp_path, monkeypatch, name):
-    """All matrices of one type: every weight is where it belongs, as gguf's dequantizer has it of the whole tensor."""
+    """All matrices of one type: every weight is where it belongs, as gguf's dequantizer has it, in that dtype."""
     dim, ffn_dim, n_heads, n_kv_heads = 256, 512, 4, 2
-    floats = small(dim, n_heads, n_kv_heads, ffn_dim, vocab_size=40)
+    floats = small(dim, n_heads, n_kv_heads, ffn_dim, vocab_size=44)
     rng, tensors, whole, types = np.random.default_rng(1), {}, {}, {}
     for key, tensor in floats.items():
         if tensor.ndim == 1:
@@ -302,10 +436,12 @@ def test_every_type_through_the_whole_path(tmp_path, monkeypatch, name):
         assert len(np.unique(whole[key])) > 10 and np.isfinite(whole[key]).all()
     sizes = SIZES | {"embedding_length": dim, "feed_forward_length": ffn_dim}
     checkpoint = ours.open_checkpoint(write(tmp_path / "model", tensors, sizes, types=types))
-    assert checkpoint.config.dtype == {"F32": "float32", "BF16": "bfloat16"}.get(name, "float16")
+    dtype = checkpoint.config.dtype
+    assert dtype == {"F32": "float32", "BF16": "bfloat16"}.get(name, "float16")
 
-    monkeypatch.setattr("jaxllm.convert.checkpoint.BLOCK", 7 * dim)  # some rows at a time
+    monkeypatch.setattr("jaxllm.convert.checkpoint.BLOCK", 8 * dim)  # some rows at a time
     found = arrays_of(checkpoint)
+    assert found["output"].dtype == dtype
     layer = {key.split(".")[-2]: tensor for key, tensor in whole.items()}
     size, group = dim // n_heads, n_heads // n_kv_heads
     wqkv = np.zeros((n_kv_heads, group + 2, size, dim), np.float32)
@@ -329,7 +465,7 @@ def test_every_type_through_the_whole_path(tmp_path, monkeypatch, name):
     }
     assert found.keys() == expected.keys()
     for key in expected:
-        np.testing.assert_array_equal(found[key].astype(np.float32), expected[key], err_msg=key)
+        np.testing.assert_array_equal(found[key].astype(dtype), expected[key].astype(dtype), err_msg=key)
 
 
 def test_dtype_of_a_mix(tmp_path):
@@ -350,18 +486,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20 < file.stat().st_size // 8
-
-
-def test_without_the_gguf_package(tmp_path, monkeypatch):
-    write(tmp_path / "float", small(), SIZES)
-    tensors = small(dim=32)
-    tensors["output.weight"] = gguf.quantize(tensors["output.weight"], TYPES["Q8_0"])
-    types = {"output.weight": TYPES["Q8_0"]}
-    write(tmp_path / "quantized", tensors, SIZES | {"embedding_length": 32}, types=types)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert arrays_of(ours.open_checkpoint(tmp_path / "float"))
-    with pytest.raises(InputError, match="pip install gguf"):
-        ours.open_checkpoint(tmp_path / "quantized")
 
 
 # Tokenizers
