@@ -24,12 +24,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert import TOKENIZER, VOCABULARY, private_bytes
+from convert import memory
 from jaxllm import loader
 from jaxllm.config import preset
 from jaxllm.generate import GPU_MEMORY
 from jaxllm.model import abstract_params
 from jaxllm.quantize import SCHEMES
+from jaxllm.tokenizer import load_tokenizer
 
 BLOCK = 16 << 20  # bytes
 # GB/s of device_put of a memory map's pieces from 8 threads, measured on an H100; on a CPU nothing is copied
@@ -59,9 +60,10 @@ def write_folder(folder, config, quantize):
     (folder / "config.json").write_text(json.dumps(text | {"config": config.to_json()}))
     # a SentencePiece model is a protobuf message: what is appended continues its list of pieces (field 1), each a
     # string (field 1) and a score (field 2)
-    names = [b"<unused %d>" % number for number in range(VOCABULARY, config.vocab_size)]
+    own = loader.DEMO / "tokenizer.model"
+    names = [b"<unused %d>" % number for number in range(load_tokenizer(own).vocab_size, config.vocab_size)]
     extra = [b"\x0a%c%s\x15%s" % (len(name), name, struct.pack("<f", -1e9)) for name in names]
-    tokenizer = TOKENIZER.read_bytes() + b"".join(b"\x0a%c%s" % (len(entry), entry) for entry in extra)
+    tokenizer = own.read_bytes() + b"".join(b"\x0a%c%s" % (len(entry), entry) for entry in extra)
     (folder / "tokenizer.model").write_bytes(tokenizer)
     return total
 
@@ -69,13 +71,13 @@ def write_folder(folder, config, quantize):
 def child(folder, watch):
     """Load the folder twice, and print as JSON how long it took, or (watch) how much memory: looking takes time."""
     jax.block_until_ready(jax.device_put(np.zeros(1)))  # the device is ready, and its libraries are loaded
-    before, done = private_bytes("self"), threading.Event()
+    (before, _), done = memory("self"), threading.Event()
     peak = before
 
     def look():
         nonlocal peak
         while not done.wait(0.02):
-            peak = max(peak, private_bytes("self"))
+            peak = max(peak, memory("self")[0])
 
     watcher = threading.Thread(target=look)
     if watch:

@@ -3,6 +3,7 @@
 import ast
 import pickle
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,9 @@ def test_the_rules_see_what_they_are_for():
     assert found("from jaxllm.model import forward\nimport torch.nn") == ["jaxllm.model", "torch.nn"]
     assert found("x = lazy('jaxllm.kernels.rope:triton')") == ["jaxllm.kernels.rope"]
     assert [place(m) for m in ("jaxllm", "jaxllm.ops", "jaxllm.kernels.rope")] == ["__init__", "ops", "kernels"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench").glob("*.py")), ids=lambda file: file.stem)
+def test_benches_find_what_they_import(file, monkeypatch):
+    monkeypatch.syspath_prepend(file.parent)
+    runpy.run_path(str(file), run_name="imported")

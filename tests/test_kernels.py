@@ -74,6 +74,10 @@ def calls(name):
             yield f"{name} attention {rows} {kind}", "attention", (q, cache, cache, positions, *scales), {}
     for size in 32000, 128256:
         yield f"softmax {size}", "softmax", (array((1, size), "float32"),), {}
+        yield (
+            f"restrict {size}", "restrict",
+            (array((1, size), "float32"), array((1,), "int32"), array((1,), "float32")), {},
+        )  # fmt: skip
 
 
 def compile_all(capability):
