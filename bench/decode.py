@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -99,28 +100,40 @@ def main():
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--impl", nargs="+", default=["auto"], help="one measurement for each")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cache:
+        child(args)
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        for impl in args.impl:
+            folder = os.path.join(cache, impl)
+            # two processes with compilation caches of their own: the first compiles, the second finds what it made
+            command = [sys.executable, __file__, *sys.argv[1:], "--cache", folder, "--impl", impl]
+            first, second = in_a_process(command), in_a_process(command)
+            show(args, second | {"first_run_s": first["run_s"], "second_run_s": second["run_s"]})
+
+
+def in_a_process(command):
+    """What a command prints as JSON; where it fails it has said why."""
+    done = subprocess.run(command, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def child(args):
+    """Measure one implementation, and print what was found as JSON."""
     if jax.default_backend() != "gpu":
         sys.exit("this bench needs a GPU")
-    # compilation caches of its own: the first run compiles, the second does not
-    with tempfile.TemporaryDirectory() as cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, "triton")
-        ceiling = ceilings()
-        dtype, quantize = WEIGHTS[args.weights]
-        config = replace(preset(args.preset), dtype=dtype, kv_cache=args.kv_cache)
-        slots = pipeline.bucket(max(args.prompt, args.context or 0) + args.new, pipeline.LEAST, config.max_len)
-        params = jax.block_until_ready(random_params(config, quantize))
-        for impl in args.impl:
-            report(args, replace(config, impl=impl), params, slots, ceiling, quantize)
-
-
-def report(args, config, params, slots, ceiling, quantize):
-    """Measure one implementation, twice to see what the compilation cache saves, and print it."""
-    first, *_ = measure(config, params, args, slots)
-    jax.clear_caches()
-    second, prefill, token = measure(config, params, args, slots)
+    jax.config.update("jax_compilation_cache_dir", args.cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    dtype, quantize = WEIGHTS[args.weights]
+    config = replace(preset(args.preset), dtype=dtype, kv_cache=args.kv_cache, impl=args.impl[0])
+    slots = pipeline.bucket(max(args.prompt, args.context or 0) + args.new, pipeline.LEAST, config.max_len)
+    ceiling = ceilings()
+    params = jax.block_until_ready(random_params(config, quantize))
+    run, prefill, token = measure(config, params, args, slots)
     read = tree_bytes(params) - tree_bytes(params.embed)
     if params.output is None:
         read += tree_bytes(params.embed)
@@ -138,18 +151,22 @@ def report(args, config, params, slots, ceiling, quantize):
         "tokens_per_s": args.batch / token, "us_per_step": token * 1e6, "bytes_per_step": read_bytes,
         "share_of_read": read_bytes / token / ceiling["read"], "prefill_s": prefill,
         "prefill_tflop_per_s": (2 * tokens * matrices + attention) / prefill / 1e12,
-        "first_run_s": first, "second_run_s": second,
-        "ceilings": ceiling, "device": jax.devices()[0].device_kind, "python": platform.python_version(),
+        "run_s": run, "ceilings": ceiling, "device": jax.devices()[0].device_kind, "python": platform.python_version(),
         "jax": version("jax"), "triton": version("triton"),
     }  # fmt: skip
+    print(json.dumps(result))
+
+
+def show(args, result):
     if args.json:
         print(json.dumps(result), flush=True)
         return
     print(
-        f"{args.preset} {args.weights} batch {args.batch} context {result['context']} {config.impl}: "
-        f"{result['tokens_per_s']:.1f} tokens/s, {token * 1e6:.0f} us a step, {result['share_of_read']:.3f} of the "
-        f"read ceiling; prefill {prefill * 1e3:.1f} ms, {result['prefill_tflop_per_s']:.0f} TFLOP/s; "
-        f"first run {first:.1f} s, second {second:.1f} s",
+        f"{args.preset} {args.weights} batch {args.batch} context {result['context']} {result['impl']}: "
+        f"{result['tokens_per_s']:.1f} tokens/s, {result['us_per_step']:.0f} us a step, "
+        f"{result['share_of_read']:.3f} of the read ceiling; prefill {result['prefill_s'] * 1e3:.1f} ms, "
+        f"{result['prefill_tflop_per_s']:.0f} TFLOP/s; first run {result['first_run_s']:.1f} s, second "
+        f"{result['second_run_s']:.1f} s",
         flush=True,
     )
 

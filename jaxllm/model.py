@@ -196,24 +196,33 @@ def hidden_states(params: Params, config: ModelConfig, tokens, cache: KVCache | 
     hidden states mean nothing and whose cache slots stay free.  Tokens beyond the cache's last slot are not stored:
     the caller sees to it that there is room.
     """
+    x, positions, cos, sin = _embed(params, config, tokens, cache)
+    slots = None if cache is None else (cache.k, cache.v)
+    x, keys, values = _blocks(config, x, positions, cos, sin, params.layers, slots)
+    x = ops.rms_norm(x, params.norm, config.norm_eps, config.impl)
+    if cache is None:
+        return x, None
+    return x, KVCache(keys, values, cache.length + (tokens.shape[1] if lengths is None else lengths))
+
+
+def _embed(params, config, tokens, cache):
+    """Embeddings x [B, T, D] of tokens [B, T] behind a cache, their positions [B, T], and of these cos and sin."""
     batch, count = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
     positions = start[:, None] + jnp.arange(count)
     # float32 throughout: bfloat16 rounds position 257 to 256
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return ops.embed(tokens, params.embed, config.dtype), positions, jnp.cos(angles), jnp.sin(angles)
 
-    x = ops.embed(tokens, params.embed, config.dtype)
+
+def _blocks(config, x, positions, cos, sin, layers, slots=None):
+    """x [B, T, D] through all layers, and the k and v of each; slots are those of the cache."""
     keys, values = [], []
-    for i, layer in enumerate(params.layers):
-        slots = None if cache is None else (cache.k[i], cache.v[i])
-        x, k, v = _block(layer, config, x, positions, cos, sin, slots)
+    for i, layer in enumerate(layers):
+        x, k, v = _block(layer, config, x, positions, cos, sin, slots and (slots[0][i], slots[1][i]))
         keys.append(k)
         values.append(v)
-    x = ops.rms_norm(x, params.norm, config.norm_eps, config.impl)
-    if cache is None:
-        return x, None
-    return x, KVCache(tuple(keys), tuple(values), cache.length + (count if lengths is None else lengths))
+    return x, tuple(keys), tuple(values)
 
 
 # layers are alike: with a jit of its own, one is traced and lowered for all, and XLA inlines the calls
@@ -244,7 +253,11 @@ def _block(layer, config, x, positions, cos, sin, slots):
 
 def logits(params: Params, config: ModelConfig, hidden):
     """Scores float32 [..., V] of the next token, from normed hidden states [..., D]."""
-    return ops.matmul(hidden, params.embed if params.output is None else params.output, impl=config.impl)
+    return ops.matmul(hidden, _output(params), impl=config.impl)
+
+
+def _output(params):
+    return params.embed if params.output is None else params.output
 
 
 def forward(params: Params, config: ModelConfig, tokens, cache: KVCache | None = None, lengths=None):
@@ -252,5 +265,24 @@ def forward(params: Params, config: ModelConfig, tokens, cache: KVCache | None =
 
     A pure function: jit, grad, vmap and shard it.  Arguments as in `hidden_states`.
     """
+    if cache is not None and tokens.shape == (1, 1):
+        return _decode_step(params, config, tokens, cache, lengths)
     hidden, cache = hidden_states(params, config, tokens, cache, lengths)
     return logits(params, config, hidden), cache
+
+
+def _decode_step(params, config, tokens, cache, lengths):
+    """`forward` of one token of one row, which may be a single kernel."""
+
+    def one_by_one(x, cos, sin, positions, layers, keys, values, norm, output):
+        x, keys, values = _blocks(config, x, positions, cos, sin, layers, (keys, values))
+        x = ops.rms_norm(x[:, 0], norm, config.norm_eps, config.impl)
+        return ops.matmul(x, output, impl=config.impl), keys, values
+
+    x, positions, cos, sin = _embed(params, config, tokens, cache)
+    scores, keys, values = ops.decode_step(
+        one_by_one, x, cos, sin, positions, params.layers, cache.k, cache.v, params.norm, _output(params),
+        config.norm_eps, config.impl,
+        window=config.sliding_window, attention_bias=config.attention_bias, qk_norm=config.qk_norm,
+    )  # fmt: skip
+    return scores[:, None], KVCache(keys, values, cache.length + (1 if lengths is None else lengths))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 
 import jax
 import jax.extend
@@ -31,14 +32,14 @@ class Implementation:
     """A way to do an op, and the calls that it supports.
 
     function takes the arguments of the op's specification in `jaxllm.kernels.reference`, or is "module:name" of one
-    that is imported when it is first called.  It runs on platform (jax's name; None: on all), on GPUs from a compute
-    capability on, where packages are installed; dtypes are those of the first argument, and limits the other facts of
-    a call, by name (None and nothing: all).  auto lists the calls for which it was measured to be the fastest, each
-    as allowed facts, of which "dtype" is one (None: all that it supports).  One that is not differentiable is
-    differentiated and batched through the specification.
+    that is imported when it is first called; None, of `decode_step`, stands for the other ops one by one.  It runs on
+    platform (jax's name; None: on all), on GPUs from a compute capability on, where packages are installed; dtypes are
+    those of the first argument, and limits the other facts of a call, by name (None and nothing: all).  auto lists the
+    calls for which it was measured to be the fastest, each as allowed facts, of which "dtype" is one (None: all that it
+    supports).  One that is not differentiable is differentiated and batched through the specification.
     """
 
-    function: Callable | str
+    function: Callable | str | None
     platform: str | None = None
     capability: tuple[int, int] = (0, 0)
     packages: tuple[str, ...] = ()
@@ -50,10 +51,9 @@ class Implementation:
 
 def _triton(function, **more):
     """A Triton kernel of `jaxllm.kernels`."""
-    more = dict(dtypes=("float32", "bfloat16", "float16")) | more
-    return Implementation(
-        f"jaxllm.kernels.{function}", "gpu", (8, 0), ("triton", "jax_triton"), differentiable=False, **more
-    )
+    more = dict(capability=(8, 0), dtypes=("float32", "bfloat16", "float16")) | more
+    packages = ("triton", "jax_triton")
+    return Implementation(f"jaxllm.kernels.{function}", "gpu", packages=packages, differentiable=False, **more)
 
 
 HEAD_DIMS = (64, 80, 96, 128)
@@ -106,6 +106,18 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "restrict": {
         "triton": _triton("sample:restrict", dtypes=("float32",), limits={"width": range(1, WIDE + 1)}),
         "xla": Implementation(reference.restrict),
+    },
+    "decode_step": {
+        "gluon": _triton(
+            "decode_step:decode_step", capability=(9, 0), dtypes=("float32", "bfloat16"),
+            limits={
+                "gpu": ("9.0",), "weights": ("float32", "bfloat16", "int8"), "cache": ("float32", "bfloat16"),
+                "head_dim": (64, 128), "width": range(16, 8193, 16), "ffn_width": range(16, 28673, 16),
+                "window": (None,), "attention_bias": (False,), "qk_norm": (False,),
+            },
+            auto=(),  # until it has been measured again
+        ),
+        "xla": Implementation(None),
     },
 }  # fmt: skip
 
@@ -184,6 +196,67 @@ def matmul(x, w: Array, norm=None, residual=None, eps=0.0, gated=False, dtype=jn
 def restrict(logits, top_k, top_p, impl="auto"):
     """Logits float32 [B, V] with those outside top_k int32 [B] (0: off) and top_p float32 [B] (1: off) at -inf."""
     return _call("restrict", impl, {"width": logits.shape[-1]}, {}, logits, top_k, top_p)
+
+
+def decode_step(
+    one_by_one, x, cos, sin, positions, layers, keys, values, norm, output: Array, eps, impl="auto", **facts
+):
+    """Logits float32 [1, V] behind the token of one row, and the L caches k and v: a whole model as one op.
+
+    x [1, 1, D] is the token's embedding, cos, sin and positions are as in `rope_store`; layers are L `model.Layer`s,
+    keys and values their caches [1, K, S, H], norm [D] and output [V, D] what follows.  one_by_one is the
+    specification: a function of x to output that returns the same by way of the other ops, which is also what happens
+    where impl names an implementation of another op.  facts are more to choose by: window, attention_bias and qk_norm,
+    of the config.  An implementation takes arrays: x, cos, sin, positions, layers (attn_norm, wqkv, wo, ffn_norm,
+    w_gate_up, w_down, scales of the four matrices or None, k, v), norm, output, output_scale or None, and eps; norms
+    are in x's type.
+    """
+    if any(_wanted(impl, op) != "auto" for op in IMPLEMENTATIONS.keys() - {"decode_step", "restrict"}):
+        impl = f"decode_step=xla,{impl}" if _wanted(impl, "decode_step") == "auto" else impl
+    arguments = x, cos, sin, positions, tuple(layers), tuple(keys), tuple(values), norm, output
+    matrices = [(layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down) for layer in layers]
+    weights = " and ".join(sorted({_kind(w) for w in (output, *chain(*matrices))}))
+    if weights in ("float32", "bfloat16", "float16") and weights != x.dtype.name:
+        weights += f" for {x.dtype.name}"
+    facts |= {
+        "gpu": getattr(jax.extend.backend.get_default_device(), "compute_capability", None),
+        "weights": weights,
+        "cache": _kind(keys[0]),
+        "slots": keys[0].shape[2],
+        "head_dim": keys[0].shape[3],
+        "width": x.shape[-1],
+        "ffn_width": layers[0].w_down.shape[-1],
+    }
+    chosen = choose("decode_step", impl, x.dtype, facts)
+    if chosen.function is None:
+        return one_by_one(*arguments)
+
+    def whole(x, cos, sin, positions, layers, keys, values, norm, output):
+        arrays = []
+        for layer, k, v in zip(layers, keys, values, strict=True):
+            (wqkv, wo, w_gate_up, w_down), scales = zip(
+                *map(_numbers, (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down)), strict=True
+            )
+            norms = layer.attn_norm.astype(x.dtype), layer.ffn_norm.astype(x.dtype)
+            scales = None if scales[0] is None else scales
+            arrays.append((norms[0], wqkv, wo, norms[1], w_gate_up, w_down, scales, k, v))
+        norm = norm.astype(x.dtype)
+        function = _imported(chosen.function)
+        return function(x, cos, sin, positions, tuple(arrays), norm, *_numbers(output), eps=eps)
+
+    return (whole if chosen.differentiable else _with_rules_of(one_by_one, whole))(*arguments)
+
+
+def _kind(w):
+    """What numbers a weight or a cache holds, as one word."""
+    if not isinstance(w, QTensor):
+        return w.dtype.name
+    return "w8a8" if w.int8_inputs else "int8-g128" if w.scale.ndim == w.values.ndim else "int8"
+
+
+def _numbers(w):
+    """The numbers of a weight, and its scale or None."""
+    return (w.values, w.scale) if isinstance(w, QTensor) else (w, None)
 
 
 def embed(tokens, table: Array, dtype):
@@ -333,6 +406,8 @@ def check_implementations(impl: str) -> None:
 def _supports(implementation):
     """In words: what an implementation supports."""
     parts = [implementation.platform or "any device"]
+    if implementation.function is None:
+        parts.append("the other ops, one by one")
     if implementation.capability > (0, 0):
         parts[0] += f" from compute capability {'.'.join(map(str, implementation.capability))}"
     if implementation.dtypes:
@@ -355,7 +430,7 @@ def main(argv=None):
             calls = implementation.auto
             where = "where it supports the call"
             if calls is not None:
-                where = " and ".join(f"for {', '.join(_facts(call))}" for call in calls)
+                where = " and ".join(f"for {', '.join(_facts(call))}" for call in calls) or "nowhere: name it"
             here = reason or ("auto comes to the ones above first" if taken else f"auto takes it {where}")
             taken |= not reason and not implementation.limits and implementation.dtypes is None and calls is None
             print(f"  {name:<8} {_supports(implementation)}\n           {here}")

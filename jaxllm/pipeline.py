@@ -18,7 +18,7 @@ import numpy as np
 from jaxllm import ops
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
-from jaxllm.model import KVCache, Params, hidden_states, init_cache, logits
+from jaxllm.model import KVCache, Params, forward, hidden_states, init_cache, logits
 from jaxllm.sampling import Sampling, sample
 
 CHUNK = 8  # tokens a decode call: enough to hide the host's work, few enough that text streams smoothly
@@ -96,8 +96,8 @@ def decode_chunk(params: Params, config: ModelConfig, state: State, sampling: Sa
         done = state.done | jnp.any(state.token[:, None] == eos, axis=-1)
         seen = state.seen.at[row, state.token].set(True)
         alive = jnp.where(done, 0, 1)  # a finished row's cache no longer grows
-        hidden, cache = hidden_states(params, config, state.token[:, None], state.cache, alive)
-        chosen = sample(logits(params, config, hidden[:, 0]), sampling, state.step, seen, config.impl)
+        scores, cache = forward(params, config, state.token[:, None], state.cache, alive)
+        chosen = sample(scores[:, 0], sampling, state.step, seen, config.impl)
         token = jnp.where(done, state.token, chosen)
         return State(cache, token, seen, state.step + alive, done), jnp.where(done, -1, chosen)
 

@@ -1,7 +1,15 @@
 """How a Triton kernel is called from jax: the one place that needs jax_triton, which only GPU machines have."""
 
+import hashlib
+import importlib.metadata
+import json
 import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,16 +25,19 @@ def launch(
     aliases: Mapping[int, int] | None = None,
     num_warps: int = 4,
     num_stages: int = 2,
+    backend_options: Mapping[str, Any] | None = None,
     **constants,
 ):
-    """Run a Triton kernel over `grid` programs: the arrays that it writes, in the form of out.
+    """Run a Triton or Gluon kernel over `grid` programs: the arrays that it writes, in the form of out.
 
-    The kernel gets a pointer for each of arrays, then one for each leaf of out (ShapeDtypeStructs), then constants by
-    name: numbers that are compiled in.  aliases maps the number of an array to the leaf of out that is the same
-    buffer, updated in place; such a leaf has no pointer of its own.
+    The kernel gets a pointer for each of arrays, and a tuple of them for a tuple, then one for each leaf of out
+    (ShapeDtypeStructs), then constants by name: numbers that are compiled in.  aliases maps the number of an array,
+    those in tuples counted one by one, to the leaf of out that is the same buffer, updated in place; such a leaf has no
+    pointer of its own.  backend_options are more of the compiler, by name.
     """
     import jax_triton
 
+    _keep_compiled(getattr(jax_triton, "triton_lib", None))  # tests have a jax_triton of their own, without it
     return jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -35,8 +46,41 @@ def launch(
         input_output_aliases=dict(aliases or {}),
         num_warps=num_warps,
         num_stages=num_stages,
+        **({"backend_options": dict(backend_options)} if backend_options else {}),
         **constants,
     )
+
+
+@cache
+def _keep_compiled(library):
+    """Have jax_triton.triton_lib keep what Triton's compiler makes beside JAX's compiled programs.
+
+    Kernels are compiled before JAX can look for the program in its cache, and jax_triton 0.4 does so in every process:
+    some 10 s for a model.
+    """
+    if library is not None:
+        library.compile_ttir_inplace = partial(_compile, library, library.compile_ttir_inplace)
+
+
+def _compile(library, compiler, module, backend, options, target):
+    """What compiler makes of a module of Triton's IR, a CompilationResult: from JAX's cache folder, or kept there."""
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None:
+        return compiler(module, backend, options, target)
+    versions = [importlib.metadata.version(package) for package in ("triton", "jax-triton")]
+    key = hashlib.sha256("\0".join([str(module), options.hash(), str(target), *versions]).encode()).hexdigest()
+    file = Path(folder) / f"triton-{key}.json"
+    with suppress(OSError, ValueError, TypeError):  # not there, or damaged
+        return library.CompilationResult(**json.loads(file.read_bytes()))
+    made = compiler(module, backend, options, target)
+    # what is left out is for who debugs the compiler
+    text = json.dumps({**vars(made), "ttgir": "", "llir": ""}).encode()
+    with suppress(OSError):  # as JAX does where its cache cannot be written
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
+            new.write(text)
+        os.replace(new.name, file)
+    return made
 
 
 def shared_memory() -> int:

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 _TYPES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "int32": "i32", "uint32": "u32",
@@ -31,19 +32,38 @@ def compile_for(capability: int, function, *arguments):
     """
     found = []
 
-    def triton_call(*arrays, kernel, out_type, grid, input_output_aliases=None, num_warps=4, num_stages=2, **constants):
+    def triton_call(
+        *arrays,
+        kernel,
+        out_type,
+        grid,
+        input_output_aliases=None,
+        num_warps=4,
+        num_stages=2,
+        backend_options=None,
+        **constants,
+    ):
         same = dict(input_output_aliases or {})
         leaves = jax.tree.leaves(out_type)
         fresh = [leaf for number, leaf in enumerate(leaves) if number not in same.values()]
-        pointers = [f"*{_TYPES[jnp.dtype(array.dtype).name]}" for array in (*arrays, *fresh)]
+        pointers = [
+            jax.tree.map(lambda array: f"*{_TYPES[jnp.dtype(array.dtype).name]}", array) for array in (*arrays, *fresh)
+        ]
         names = kernel.arg_names
         constexprs = {(names.index(name),): value for name, value in constants.items()}
         signature = dict.fromkeys(names, "constexpr") | dict(zip(names, pointers, strict=False))
         assert len(pointers) + len(constants) == len(names), (names, pointers, constants)
-        attributes = {(number,): [["tt.divisibility", 16]] for number in range(len(pointers))}
-        source = ASTSource(kernel, signature, constexprs, attributes)
+        paths = [tuple(key.idx for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(pointers)]
+        attributes = {path: [["tt.divisibility", 16]] for path in paths}
+        if isinstance(kernel, GluonJITFunction):
+            source = GluonASTSource(kernel, signature, constexprs, attributes)
+            # through the passes for Triton's own language, as jax_triton has it
+            source.language, source.ext = Language.TRITON, "ttir"
+        else:
+            source = ASTSource(kernel, signature, constexprs, attributes)
         target = GPUTarget("cuda", capability, 32)
-        made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+        options = {"num_warps": num_warps, "num_stages": num_stages, **(backend_options or {})}
+        made = triton.compile(source, target=target, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()

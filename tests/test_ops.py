@@ -1,6 +1,7 @@
 """The registry: what is chosen, what is refused and why, and how implementations from outside come in."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -71,7 +72,7 @@ def test_every_op_of_the_model_can_be_replaced(own):
 
         return call
 
-    for op in IMPLEMENTATIONS:
+    for op in IMPLEMENTATIONS.keys() - {"decode_step"}:  # which is all of them
         own(op, "watched", Implementation(watched(op)))
     for scheme, kv_cache in [(None, None), ("int8", "int8"), ("w8a8", None)]:
         config = replace(CONFIG, kv_cache=kv_cache, impl="watched")
@@ -84,7 +85,129 @@ def test_every_op_of_the_model_can_be_replaced(own):
         jax.tree.map(np.testing.assert_array_equal, cache, other)
     forward(params, config, tokens)
     sample(ours[:, -1], Sampling(top_k=3).rows(1), jnp.array([0]), jnp.zeros((1, 60), bool), "watched")
-    assert seen == IMPLEMENTATIONS.keys() - {"add_rms_norm", "softmax", "swiglu"}
+    assert seen == IMPLEMENTATIONS.keys() - {"add_rms_norm", "softmax", "swiglu", "decode_step"}
+
+
+def whole(x, cos, sin, positions, layers, norm, output, output_scale=None, eps=0.0):
+    """A decode_step of its own, from the specifications of the other ops: what a kernel gets and returns."""
+
+    def product(x, w, scale, **more):
+        more = dict(dtype=x.dtype) | more
+        return reference.matmul(x, w, **more) if scale is None else reference.int8_matmul(x, w, scale, **more)
+
+    keys, values = [], []
+    for attn_norm, wqkv, wo, ffn_norm, w_gate_up, w_down, scales, k, v in layers:
+        scales = scales or (None,) * 4
+        qkv = product(x, wqkv, scales[0], norm=attn_norm, eps=eps)
+        q, k, v = reference.rope_store(qkv, cos, sin, positions, k, v)
+        attended = reference.attention(q, k, v, positions)
+        x = product(attended.reshape(1, 1, -1), wo, scales[1], residual=x)
+        hidden = product(x, w_gate_up, scales[2], norm=ffn_norm, eps=eps, gated=True)
+        x = product(hidden, w_down, scales[3], residual=x)
+        keys.append(k)
+        values.append(v)
+    x = reference.rms_norm(x[:, 0], norm, eps)
+    return product(x, output, output_scale, dtype=jnp.float32), tuple(keys), tuple(values)
+
+
+@pytest.fixture
+def steps(own):
+    """The facts of the calls that an implementation of decode_step got that auto takes first, on any device."""
+    calls = []
+
+    def watched(*arrays, eps):
+        calls.append(arrays)
+        return whole(*arrays, eps=eps)
+
+    facts = "weights", "cache", "window", "attention_bias", "qk_norm"  # the others ask for a GPU and for sizes
+    limits = {fact: IMPLEMENTATIONS["decode_step"]["gluon"].limits[fact] for fact in facts}
+    own("decode_step", "gluon", Implementation(watched, limits=limits, differentiable=False))
+    return calls
+
+
+STEP = jnp.array([[7]])
+
+
+def steps_of(config, scheme=None, tokens=STEP, filled=3, params=None):
+    """Logits and cache behind a prompt and one more step of it."""
+    if params is None:
+        params = init_params(config, jax.random.key(0))
+        params = quantize_params(params, scheme) if scheme else params
+    cache = init_cache(config, len(tokens), 8)
+    if filled:
+        _, cache = forward(params, config, jnp.tile(jnp.arange(filled), (len(tokens), 1)), cache)
+    return forward(params, config, tokens, cache)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_of_one_row_is_one_op(steps, scheme, tied):
+    config = replace(CONFIG, tied=tied)
+    ours, cache = steps_of(config, scheme)
+    assert len(steps) == 1
+    theirs, other = steps_of(replace(config, impl="decode_step=xla"), scheme)
+    assert len(steps) == 1
+    assert ours.shape == theirs.shape == (1, 1, 60) and (cache.length == 4).all()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cache, other)
+
+
+@pytest.mark.parametrize(
+    "more, scheme",
+    [
+        ({}, "int8-g128"),
+        ({}, "w8a8"),
+        ({"kv_cache": "int8"}, None),
+        ({"sliding_window": 4}, None),
+        ({"attention_bias": True}, None),
+        ({"qk_norm": True}, None),
+        ({"impl": "xla"}, None),
+        ({"impl": "attention=xla"}, None),  # who names an op gets it
+        ({"impl": "rms_norm=xla,decode_step=auto"}, None),
+    ],
+)
+def test_what_is_no_whole_step(steps, more, scheme):
+    config = replace(CONFIG, **more)
+    logits, cache = steps_of(config, scheme)
+    assert not steps and (cache.length == 4).all() and np.isfinite(logits).all()
+    if "impl" not in more:
+        with pytest.raises(InputError, match="decode_step: gluon cannot do this: it takes"):
+            steps_of(replace(config, impl="decode_step=gluon"), scheme)
+
+
+def test_other_steps_than_of_one_token_and_row(steps):
+    params = init_params(CONFIG, jax.random.key(0))
+    forward(params, CONFIG, STEP)  # without a cache
+    steps_of(CONFIG, tokens=jnp.array([[7, 8]]))
+    steps_of(CONFIG, tokens=jnp.array([[7], [8]]))
+    assert not steps
+    steps_of(replace(CONFIG, impl="restrict=xla"))  # which is not a part of it
+    assert len(steps) == 1
+
+
+def test_norms_come_in_the_type_of_activations(steps):
+    config, params = replace(CONFIG, dtype="float32"), init_params(CONFIG, jax.random.key(0))  # of bfloat16
+    steps_of(config, params=params)
+    assert not steps  # weights are of another type, too
+    steps_of(config, params=quantize_params(params, "int8"))
+    ((x, _, _, _, layers, norm, output, scale),) = steps
+    assert {x.dtype, norm.dtype, layers[0][0].dtype, layers[1][3].dtype} == {jnp.dtype("float32")}
+    assert output.dtype == layers[0][1].dtype == jnp.int8 and scale.shape == (60,)
+
+
+def test_a_whole_step_is_differentiated_and_batched_as_its_parts(own):
+    own("decode_step", "gluon", Implementation(opaque(whole), differentiable=False))
+    params = init_params(CONFIG, jax.random.key(0))
+    cache = init_cache(CONFIG, 1, 8)
+
+    def loss(params, token, impl="auto"):
+        return jnp.sum(jnp.sin(forward(params, replace(CONFIG, impl=impl), token[None, None], cache)[0]))
+
+    ours, theirs = (jax.grad(partial(loss, impl=impl))(params, jnp.array(7)) for impl in ("auto", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+    assert jnp.abs(ours.layers[0].w_down).max() > 0
+    ours, theirs = (jax.vmap(partial(loss, impl=impl), (None, 0))(params, jnp.arange(3)) for impl in ("auto", "xla"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_a_kernel_is_differentiated_and_batched_as_the_specification(own):
@@ -200,7 +323,7 @@ def test_kernels_without_a_gpu_are_refused_by_name():
 @pytest.mark.parametrize(
     "impl, message",
     [
-        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, triton, xla"),
+        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, gluon, triton, xla"),
         ("atention=xla", "no op called 'atention'; there are rms_norm, "),
         ("rms_norm=cudnn", "implementation 'cudnn' is not in this jaxllm"),
         ("", "implementation ''"),

@@ -1,0 +1,206 @@
+"""The kernel for a whole token against float64 numpy, and, without a GPU, what it compiles to."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxllm.config import preset
+
+pytest.importorskip("triton", reason="kernels are written in Gluon, a part of Triton")
+
+BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
+EPS = 1e-5
+# K, G, H, D, F, V, S, layers
+SIZES = {
+    "tiny": (2, 3, 16, 96, 80, 70, 64, 3),  # programs without a row, and rows shorter than a tile
+    "one head": (1, 4, 32, 640, 1008, 1111, 96, 2),
+    "wide heads": (8, 1, 128, 1040, 2832, 999, 640, 2),
+    "split": (4, 8, 64, 2048, 5632, 3201, 1024, 2),  # the last slots are shared by four programs a query head
+    "many heads": (35, 4, 64, 512, 1360, 300, 300, 2),  # more than there are programs
+}
+KINDS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "int8"), ("bfloat16", "int8")]
+
+
+def rounded(values, dtype):
+    """float64, of what is stored in dtype."""
+    return np.asarray(values, np.float64).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(float)
+
+
+class Model:
+    """Random weights of one of SIZES, and a token's way through them in float64, rounded where it is stored."""
+
+    def __init__(self, size, dtype, weights):
+        self.dtype, self.rng = dtype, np.random.default_rng(0)
+        self.K, self.G, self.H, self.D, self.F, self.V, self.S, self.L = K, G, H, D, F, V, S, L = SIZES[size]
+        shapes = [(K, G + 2, H, D), (D, K * G * H), (2, F, D), (D, F)]
+        self.layers = [[self.matrix(shape, weights) for shape in shapes] for _ in range(L)]
+        self.norms = [rounded(self.rng.uniform(0.5, 1.5, D), dtype) for _ in range(2 * L + 1)]
+        self.output = self.matrix((V, D), weights)
+        self.scaled = weights == "int8"
+
+    def matrix(self, shape, weights):
+        """A matrix as an array, its scales, and what both stand for in float64."""
+        if weights == "int8":
+            values = self.rng.integers(-127, 128, shape, np.int8)
+            scale = self.rng.uniform(0.5, 1.5, shape[:-1]).astype(np.float32) / np.float32(64 * shape[-1] ** 0.5)
+            return jnp.asarray(values), jnp.asarray(scale), values * scale[..., None].astype(float)
+        values = jnp.asarray(self.rng.normal(size=shape) * 2 / shape[-1] ** 0.5, weights)
+        return values, None, np.asarray(values, np.float64)
+
+    def constants(self):
+        """layers, without their caches, norm, output and output_scale of decode_step."""
+        norms = [jnp.asarray(norm, self.dtype) for norm in self.norms]
+        layers = []
+        for number, matrices in enumerate(self.layers):
+            wqkv, wo, w_gate_up, w_down = (values for values, _, _ in matrices)
+            scales = tuple(scale for _, scale, _ in matrices) if self.scaled else None
+            layers.append((norms[2 * number], wqkv, wo, norms[2 * number + 1], w_gate_up, w_down, scales))
+        return layers, norms[-1], self.output[0], self.output[1]
+
+    def cache(self, position):
+        """Random L keys and L values [1, K, S, H], NaN from position on."""
+        stored = np.where(np.arange(self.S) < position, 0, np.nan)[:, None]
+        shape = 1, self.K, self.S, self.H
+        made = [rounded(self.rng.normal(size=shape) + stored, self.dtype) for _ in range(2 * self.L)]
+        return made[: self.L], made[self.L :]
+
+    def normalized(self, x, norm):
+        return x / np.sqrt(np.mean(x * x) + EPS) * norm
+
+    def step(self, x, cos, sin, position, keys, values):
+        """Logits float64 [V] behind x [D]; its keys and values go into the caches, if there is room."""
+        G, H, S = self.G, self.H, self.S
+        for number, (wqkv, wo, w_gate_up, w_down) in enumerate(self.layers):
+            k_cache, v_cache = keys[number][0], values[number][0]
+            qkv = rounded(wqkv[2] @ self.normalized(x, self.norms[2 * number]), self.dtype)
+            low, high = qkv[:, : G + 1, : H // 2], qkv[:, : G + 1, H // 2 :]
+            turned = rounded(np.concatenate([low * cos - high * sin, high * cos + low * sin], -1), self.dtype)
+            if position < S:
+                k_cache[:, position], v_cache[:, position] = turned[:, G], qkv[:, G + 1]
+            filled = min(position + 1, S)
+            scores = np.einsum("kgh,ksh->kgs", turned[:, :G], k_cache[:, :filled]) / np.sqrt(H)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            attended = rounded(np.einsum("kgs,ksh->kgh", weights, v_cache[:, :filled]).reshape(-1), self.dtype)
+            x = rounded(x + wo[2] @ attended, self.dtype)
+            gate, up = w_gate_up[2] @ self.normalized(x, self.norms[2 * number + 1])
+            x = rounded(x + w_down[2] @ rounded(gate / (1 + np.exp(-gate)) * up, self.dtype), self.dtype)
+        return self.output[2] @ self.normalized(x, self.norms[-1])
+
+
+def relative(got, want):
+    got = np.asarray(got, np.float64)
+    assert got.shape == want.shape and np.isfinite(want).all()
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, weights", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_steps(size, dtype, weights):
+    """Some steps from several positions on, the cache of each given to the next one."""
+    from jaxllm.kernels.decode_step import decode_step
+
+    model = Model(size, dtype, weights)
+
+    @jax.jit
+    def run(xs, cos, sin, start, keys, values, constants):
+        def step(carry, given):
+            (keys, values), position = carry
+            layers, norm, output, scale = constants
+            layers = [(*layer, k, v) for layer, k, v in zip(layers, keys, values, strict=True)]
+            x, cos, sin = given
+            positions = jnp.full((1, 1), position, jnp.int32)
+            logits, keys, values = decode_step(x, cos, sin, positions, layers, norm, output, scale, EPS)
+            return ((keys, values), position + 1), logits[0]
+
+        carry, logits = jax.lax.scan(step, ((keys, values), start), (xs, cos, sin))
+        return logits, *carry[0]
+
+    for start in sorted({0, 5, model.S // 2, model.S - 2, model.S}):
+        keys, values = model.cache(start)
+        xs = rounded(model.rng.normal(size=(3, model.D)), dtype)
+        angles = model.rng.uniform(-3, 3, (3, model.H // 2)).astype(np.float32)
+        cos, sin = np.cos(angles), np.sin(angles)
+        arguments = [jnp.asarray(xs[:, None, None], dtype), *(jnp.asarray(a[:, None, None]) for a in (cos, sin)), start]
+        caches = [tuple(jnp.asarray(a, dtype) for a in arrays) for arrays in (keys, values)]
+        runs = [jax.device_get(run(*arguments, *caches, model.constants())) for _ in range(3)]
+        for again in runs[1:]:
+            jax.tree.map(np.testing.assert_array_equal, again, runs[0])
+        logits, got_keys, got_values = runs[0]
+        for number in range(3):
+            want = model.step(xs[number], cos[number], sin[number], start + number, keys, values)
+            assert relative(logits[number], want) < BOUND[dtype], (start, number)
+        filled = min(start + 3, model.S)
+        for got, want in zip((*got_keys, *got_values), (*keys, *values), strict=True):
+            got = np.asarray(got, np.float64)
+            assert np.isnan(got[:, :, filled:]).all()
+            assert relative(got[:, :, :filled], want[:, :, :filled]) < BOUND[dtype]
+
+
+# presets, types of activations and of weights, bytes that may be spilled: none, but where a layer's 28672 inputs of a
+# product are in registers at the same time, and then outside of loops
+COMPILED = {
+    "tinyllama-1.1b float32": ("tinyllama-1.1b", "float32", "float32", 0),
+    "tinyllama-1.1b bfloat16": ("tinyllama-1.1b", "bfloat16", "bfloat16", 0),
+    "tinyllama-1.1b int8": ("tinyllama-1.1b", "bfloat16", "int8", 0),
+    "llama2-7b bfloat16": ("llama2-7b", "bfloat16", "bfloat16", 0),
+    "llama2-7b int8": ("llama2-7b", "bfloat16", "int8", 0),
+    "llama2-70b int8": ("llama2-70b", "bfloat16", "int8", 64),
+}
+
+
+def compile_all():
+    """Print as JSON, for each of COMPILED: name, registers, spills, shared memory, the planned one, barriers, calls."""
+    import compiler
+
+    from jaxllm.kernels import decode_step as module
+
+    jax.extend.backend.get_default_device = lambda: SimpleNamespace(compute_capability="9.0", core_count=132)
+    plans, make_plan = [], module.make_plan
+    module.make_plan = lambda **numbers: plans.append(make_plan(**numbers)) or plans[-1]
+    array, found = jax.ShapeDtypeStruct, {}
+    for key, (name, dtype, weights, _) in COMPILED.items():
+        c = preset(name)
+        k, g, h, d, f = c.n_kv_heads, c.group, c.head_dim, c.dim, c.ffn_dim
+        matrices = [array(shape, weights) for shape in [(k, g + 2, h, d), (d, k * g * h), (2, f, d), (d, f)]]
+        norm, cache, angles = array((d,), dtype), array((1, k, 4096, h), dtype), array((1, 1, h // 2), "float32")
+        scales = tuple(array(w.shape[:-1], "float32") for w in matrices) if weights == "int8" else None
+        wqkv, wo, w_gate_up, w_down = matrices
+        layer = (norm, wqkv, wo, norm, w_gate_up, w_down, scales, cache, cache)
+        arguments = [array((1, 1, d), dtype), angles, angles, array((1, 1), "int32"), [layer] * c.n_layers, norm]
+        arguments += [array((c.vocab_size, d), weights), array((c.vocab_size,), "float32") if scales else None]
+        (kernel,) = compiler.compile_for(90, module.decode_step, *arguments)
+        barriers = re.findall(r"\bbar(?:rier)?\.\S*\s+0\s*[;,]", kernel.asm["ptx"])
+        planned = plans[-1].MEMORY.value
+        found[key] = kernel.name, kernel.registers, kernel.spills, kernel.shared, planned, len(barriers)
+    print(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_it_compiles_for_released_models():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_decode_step_kernel as t"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; t.compile_all()"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == COMPILED.keys()
+    for key, (_, registers, spills, shared, planned, barriers) in found.items():
+        assert registers <= 128 and spills <= COMPILED[key][-1], key
+        # the kernel takes it that its memory begins at address 0 of what is shared: it is all there is
+        assert shared == planned <= 227 << 10, key
+        # barriers that the compiler put there would wait for warps that do something else
+        assert barriers == 0, key
