@@ -58,8 +58,9 @@ def _keep_compiled(library):
     Kernels are compiled before JAX can look for the program in its cache, and jax_triton 0.4 does so in every process:
     some 10 s for a model.
     """
-    if library is not None:
-        library.compile_ttir_inplace = partial(_compile, library, library.compile_ttir_inplace)
+    compiler = getattr(library, "compile_ttir_inplace", None)
+    if compiler is not None:
+        library.compile_ttir_inplace = partial(_compile, library, compiler)
 
 
 def _compile(library, compiler, module, backend, options, target):
