@@ -293,7 +293,8 @@ def plot(records, file):
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "ops", "font.size": 7}  # the same bytes for the same figures
+    # the same bytes for the same figures, and text as text
+    matplotlib.rcParams |= {"svg.hashsalt": "ops", "svg.fonttype": "none", "font.size": 7}
     from matplotlib import pyplot
 
     measured = [record for record in records if "share" in record]
