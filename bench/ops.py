@@ -307,7 +307,7 @@ def plot(records, file):
     axes.set(xlim=(0, 1.05), ylim=(len(names), -1), xlabel="share of the ceiling that binds")
     axes.set_yticks(range(len(names)), [case for _, case in names])
     axes.grid(axis="x", linewidth=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.02), ncols=3, frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
 
 
