@@ -76,7 +76,7 @@ def decode_step(x, cos, sin, positions, layers, norm, output, output_scale=None,
     Needs compute capability 9.0, H a power of two of which k has at most 512 bytes, rows of all matrices of a multiple
     of 16 bytes, four slots of the ring, and of each layer's matrices no more rows a program than there are words for
     its consumers' threads.  On 114 or more multiprocessors that is D, N and F up to 28672, or, of bfloat16 weights with
-    float32 x, 20480; ValueError for more.
+    float32 x, 20480; ValueError for what does not fit.
     """
     _, wqkv, wo, _, w_gate_up, w_down, scales, k, _ = layers[0]
     K, parts, H, D = wqkv.shape
@@ -140,9 +140,11 @@ def make_plan(*, LAYERS, D, K, G, H, F, V, S, WEIGHT_BYTES, PER_WORD, SCALED, EP
     """The `Plan` for a model with WEIGHT_BYTES a weight and PER_WORD activations in a word.
 
     Its names are those of the module, and X ... WAITING, places in shared memory, in bytes.  ValueError if there is too
-    little of that, or a program has too many rows.
+    little of that, a program has too many rows, or these are not of whole 16 bytes.
     """
     N, Q = K * G * H, K * (G + 2) * H
+    if any(width * WEIGHT_BYTES % 16 for width in (D, N, F)):
+        raise ValueError(f"{D=}, {N=}, {F=}: rows of weights must be a multiple of 16 bytes")
     x_parts = {1: 3, 2: 2 if PER_WORD == 2 else 3, 4: 1}[WEIGHT_BYTES]
     # 64 bytes more, so that the parts that lanes read at the same time are in different banks
     x_part_bytes = triton.cdiv(max(D, N, F) * WEIGHT_BYTES, CHUNK.value) * CHUNK.value + 64

@@ -1,4 +1,4 @@
-"""The kernel for a whole token against float64 numpy, and, without a GPU, what it compiles to."""
+"""The kernel for a whole token against float64 numpy, on a GPU or emulated, and what it compiles to."""
 
 import json
 import os
@@ -18,6 +18,7 @@ import pytest
 from jaxllm.config import preset
 
 pytest.importorskip("triton", reason="kernels are written in Gluon, a part of Triton")
+import gluon_emulator  # noqa: E402
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 EPS = 1e-5
@@ -38,11 +39,11 @@ def rounded(values, dtype):
 
 
 class Model:
-    """Random weights of one of SIZES, and a token's way through them in float64, rounded where it is stored."""
+    """Random weights of sizes as in SIZES, and a token's way through them in float64, rounded where it is stored."""
 
-    def __init__(self, size, dtype, weights):
+    def __init__(self, sizes, dtype, weights):
         self.dtype, self.rng = dtype, np.random.default_rng(0)
-        self.K, self.G, self.H, self.D, self.F, self.V, self.S, self.L = K, G, H, D, F, V, S, L = SIZES[size]
+        self.K, self.G, self.H, self.D, self.F, self.V, self.S, self.L = K, G, H, D, F, V, S, L = sizes
         shapes = [(K, G + 2, H, D), (D, K * G * H), (2, F, D), (D, F)]
         self.layers = [[self.matrix(shape, weights) for shape in shapes] for _ in range(L)]
         self.norms = [rounded(self.rng.uniform(0.5, 1.5, D), dtype) for _ in range(2 * L + 1)]
@@ -112,7 +113,7 @@ def test_steps(size, dtype, weights):
     """Some steps from several positions on, the cache of each given to the next one."""
     from jaxllm.kernels.decode_step import decode_step
 
-    model = Model(size, dtype, weights)
+    model = Model(SIZES[size], dtype, weights)
 
     @jax.jit
     def run(xs, cos, sin, start, keys, values, constants):
@@ -147,6 +148,83 @@ def test_steps(size, dtype, weights):
             got = np.asarray(got, np.float64)
             assert np.isnan(got[:, :, filled:]).all()
             assert relative(got[:, :, :filled], want[:, :, :filled]) < BOUND[dtype]
+
+
+# sizes, types of activations and of weights, position, programs, other constants
+EMULATED = {
+    # a program has no row of w_gate_up or of the output matrix, and query heads are split in three, two, ...
+    "three splits": ((1, 2, 16, 16, 8, 3, 32, 2), "bfloat16", "bfloat16", 20, 6, {"SPLIT": 8}),
+    "two splits, last slot": ((1, 2, 16, 16, 16, 3, 32, 1), "float32", "int8", 31, 5, {"SPLIT": 8}),
+    "two splits, no slot": ((1, 2, 16, 16, 16, 3, 32, 1), "bfloat16", "int8", 32, 5, {"SPLIT": 8}),
+    "first slot": ((1, 2, 16, 16, 16, 3, 32, 1), "float32", "float32", 0, 4, {}),
+    # ... more query heads than programs, and four slots of the ring for 25 tiles a layer
+    "small ring": ((2, 3, 16, 96, 80, 70, 64, 2), "bfloat16", "bfloat16", 63, 3, {"SHARED_MEMORY": 95 << 10}),
+    # ... rows of two tiles, the second one not full, logits in two pieces, and more slots than are attended at a time
+    "wide head": ((1, 2, 128, 520, 24, 790, 40, 1), "float32", "float32", 37, 3, {}),
+    "long rows": ((1, 1, 16, 48, 1032, 40, 16, 1), "bfloat16", "bfloat16", 15, 3, {}),
+    "long int8 rows": ((1, 1, 16, 48, 2064, 40, 16, 1), "bfloat16", "int8", 16, 5, {}),
+}
+# of a vector of few numbers, one that is rounded to the other side is that much
+EMULATED_BOUND = {"float32": 1e-5, "bfloat16": 2e-3}
+
+
+def emulate(model, x, cos, sin, position, keys, values, programs, **constants):
+    """Logits, keys and values as float64, of a step of the kernel in the emulator."""
+    from jaxllm.kernels import decode_step as module
+
+    layers, norm, output, scale = model.constants()
+    caches = ([jnp.asarray(array, model.dtype) for array in arrays] for arrays in (keys, values))
+    layers = [(*layer, k, v) for layer, k, v in zip(layers, *caches, strict=True)]
+    kernels = gluon_emulator.load(module, programs, **constants)
+    logits, *caches = kernels.decode_step(
+        jnp.asarray(x, model.dtype)[None, None], jnp.asarray(cos)[None, None], jnp.asarray(sin)[None, None],
+        jnp.full((1, 1), position, jnp.int32), layers, norm, output, scale, EPS,
+    )  # fmt: skip
+    return logits[0].astype(np.float64), *([array.astype(np.float64) for array in arrays] for arrays in caches)
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_emulated_step(name):
+    sizes, dtype, weights, position, programs, constants = EMULATED[name]
+    model = Model(sizes, dtype, weights)
+    keys, values = model.cache(position)
+    x = rounded(model.rng.normal(size=model.D), dtype)
+    angles = model.rng.uniform(-3, 3, model.H // 2).astype(np.float32)
+    token = x, np.cos(angles), np.sin(angles), position, keys, values
+    logits, got_keys, got_values = emulate(model, *token, programs, **constants)
+    want = model.step(*token)  # this writes keys and values
+    assert relative(logits, want) < EMULATED_BOUND[dtype]
+    filled = min(position + 1, model.S)
+    for got, want in zip((*got_keys, *got_values), (*keys, *values), strict=True):
+        assert np.isnan(got[:, :, filled:]).all()
+        assert relative(got[:, :, :filled], want[:, :, :filled]) < EMULATED_BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_emulated_zeros(dtype):
+    """Zeros travel too: a program that waits for a word takes 0 for one that is not there."""
+    model = Model((1, 1, 16, 16, 16, 5, 16, 1), dtype, dtype)
+    zeros, keys, values = np.zeros(16), *model.cache(0)
+    logits, got_keys, got_values = emulate(model, zeros, np.ones(8), np.zeros(8), 0, keys, values, 2)
+    assert not logits.any() and not got_keys[0][:, :, 0].any() and not got_values[0][:, :, 0].any()
+
+
+@pytest.mark.parametrize(
+    "more, weights, message",
+    [
+        ({"F": 24}, "int8", "rows of weights must be a multiple of 16 bytes"),
+        ({"F": 40960}, "bfloat16", "too much for 132 multiprocessors and their shared memory"),
+        ({"PROGRAMS": 7}, "bfloat16", "too much for 7 multiprocessors"),
+    ],
+)
+def test_what_does_not_fit(more, weights, message):
+    from jaxllm.kernels.decode_step import make_plan
+
+    sizes = dict(LAYERS=2, D=4096, K=8, G=4, H=128, F=14336, V=1000, S=512, PER_WORD=2, EPS=EPS, PROGRAMS=132)
+    sizes |= dict(WEIGHT_BYTES=jnp.dtype(weights).itemsize, SCALED=weights == "int8")
+    assert make_plan(**sizes).SLOTS.value >= 4
+    with pytest.raises(ValueError, match=message):
+        make_plan(**sizes | more)
 
 
 # presets, types of activations and of weights, bytes that may be spilled: none, but where a layer's 28672 inputs of a
