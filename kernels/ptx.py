@@ -25,6 +25,12 @@ def _int32(count):
     return (gl.int32,) * count
 
 
+def _by_thread_0(code):
+    """Code whose instructions with @p are thread 0's."""
+    start = "{ .reg .pred p; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 p, thread, 0;"
+    return gl.constexpr(f"{start} {code} mov.b32 $0, 0; }}")
+
+
 # Who and where.
 
 
@@ -44,21 +50,10 @@ def shared_base():
 
 # $1 address, $2 value, $3 whether
 _STORE = gl.constexpr("{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.b32 $0, 0; }")
-# $1 address, $2 ... $13 values; by thread 0
-_STORE_12 = gl.constexpr(
-    "{ .reg .pred p; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 p, thread, 0; "
-    + " ".join(f"@p st.shared.b64 [$1 + {8 * i}], ${2 + i};" for i in range(12))
-    + " mov.b32 $0, 0; }"
-)
-# $1 address, $2 value; by thread 0
-_STORE_FLAG = gl.constexpr("""{
-    .reg .pred p;
-    .reg .b32 thread;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 p, thread, 0;
-    @p st.volatile.shared.b32 [$1], $2;
-    mov.b32 $0, 0;
-}""")
+# $1 address, $2 ... $13 values
+_STORE_12 = _by_thread_0(" ".join(f"@p st.shared.b64 [$1 + {8 * i}], ${2 + i};" for i in range(12)))
+# $1 address, $2 value
+_STORE_FLAG = _by_thread_0("@p st.volatile.shared.b32 [$1], $2;")
 
 
 @gluon.jit
@@ -125,15 +120,8 @@ def sum_shared(address, COUNT: gl.constexpr):
 
 # Barriers.
 
-# $1 mbarrier, $2 arrivals that end a phase; by thread 0
-_MBARRIER_INIT = gl.constexpr("""{
-    .reg .pred p;
-    .reg .b32 thread;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 p, thread, 0;
-    @p mbarrier.init.shared::cta.b64 [$1], $2;
-    mov.b32 $0, 0;
-}""")
+# $1 mbarrier, $2 arrivals that end a phase
+_MBARRIER_INIT = _by_thread_0("@p mbarrier.init.shared::cta.b64 [$1], $2;")
 _MBARRIER_FENCE = gl.constexpr("fence.mbarrier_init.release.cluster; fence.proxy.async; mov.b32 $0, 0; // $1")
 # $1 mbarrier; by lane 0 when the whole warp has come here
 _MBARRIER_ARRIVE = gl.constexpr("""{
@@ -212,16 +200,8 @@ _COPY_ROWS = gl.constexpr("""{
     @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$1], [$2], $3, [$5], $7;
     mov.b32 $0, 0;
 }""")
-# $1 from, $2 bytes; by thread 0
-_PREFETCH = gl.constexpr("""{
-    .reg .pred p;
-    .reg .b32 thread;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 p, thread, 0;
-    setp.gt.and.s32 p, $2, 0, p;
-    @p cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.b32 $0, 0;
-}""")
+# $1 from, $2 bytes
+_PREFETCH = _by_thread_0("setp.gt.and.s32 p, $2, 0, p; @p cp.async.bulk.prefetch.L2.global [$1], $2;")
 
 
 @gluon.jit
