@@ -188,7 +188,7 @@ def matmul(x, w: Array, norm=None, residual=None, eps=0.0, gated=False, dtype=jn
         return _call("w8a8_matmul", impl, facts, options, q.values, q.scale, w.values, w.scale, residual=residual)
     options["eps"] = eps
     if isinstance(w, QTensor):
-        facts["grouped"] = w.scale.ndim == w.values.ndim
+        facts["grouped"] = _kind(w) == "int8-g128"
         return _call("int8_matmul", impl, facts, options, x, w.values, w.scale, norm=norm, residual=residual)
     return _call("matmul", impl, facts, options, x, w, norm=norm, residual=residual)
 
@@ -211,11 +211,11 @@ def decode_step(
     w_gate_up, w_down, scales of the four matrices or None, k, v), norm, output, output_scale or None, and eps; norms
     are in x's type.
     """
-    if any(_wanted(impl, op) != "auto" for op in IMPLEMENTATIONS.keys() - {"decode_step", "restrict"}):
-        impl = f"decode_step=xla,{impl}" if _wanted(impl, "decode_step") == "auto" else impl
     arguments = x, cos, sin, positions, tuple(layers), tuple(keys), tuple(values), norm, output
-    matrices = [(layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down) for layer in layers]
-    weights = " and ".join(sorted({_kind(w) for w in (output, *chain(*matrices))}))
+    others = IMPLEMENTATIONS.keys() - {"decode_step", "restrict"}
+    if _wanted(impl, "decode_step") == "auto" and any(_wanted(impl, op) != "auto" for op in others):
+        return one_by_one(*arguments)
+    weights = " and ".join(sorted({_kind(w) for w in (output, *chain(*map(_matrices, layers)))}))
     if weights in ("float32", "bfloat16", "float16") and weights != x.dtype.name:
         weights += f" for {x.dtype.name}"
     facts |= {
@@ -234,9 +234,7 @@ def decode_step(
     def whole(x, cos, sin, positions, layers, keys, values, norm, output):
         arrays = []
         for layer, k, v in zip(layers, keys, values, strict=True):
-            (wqkv, wo, w_gate_up, w_down), scales = zip(
-                *map(_numbers, (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down)), strict=True
-            )
+            (wqkv, wo, w_gate_up, w_down), scales = zip(*map(_numbers, _matrices(layer)), strict=True)
             norms = layer.attn_norm.astype(x.dtype), layer.ffn_norm.astype(x.dtype)
             scales = None if scales[0] is None else scales
             arrays.append((norms[0], wqkv, wo, norms[1], w_gate_up, w_down, scales, k, v))
@@ -245,6 +243,10 @@ def decode_step(
         return function(x, cos, sin, positions, tuple(arrays), norm, *_numbers(output), eps=eps)
 
     return (whole if chosen.differentiable else _with_rules_of(one_by_one, whole))(*arguments)
+
+
+def _matrices(layer):
+    return layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down
 
 
 def _kind(w):
