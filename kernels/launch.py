@@ -60,15 +60,15 @@ def _keep_compiled(library):
     """
     compiler = getattr(library, "compile_ttir_inplace", None)
     if compiler is not None:
-        library.compile_ttir_inplace = partial(_compile, library, compiler)
+        versions = tuple(map(importlib.metadata.version, ("triton", "jax-triton")))
+        library.compile_ttir_inplace = partial(_compile, library, compiler, versions)
 
 
-def _compile(library, compiler, module, backend, options, target):
+def _compile(library, compiler, versions, module, backend, options, target):
     """What compiler makes of a module of Triton's IR, a CompilationResult: from JAX's cache folder, or kept there."""
     folder = jax.config.jax_compilation_cache_dir
     if folder is None:
         return compiler(module, backend, options, target)
-    versions = [importlib.metadata.version(package) for package in ("triton", "jax-triton")]
     key = hashlib.sha256("\0".join([str(module), options.hash(), str(target), *versions]).encode()).hexdigest()
     file = Path(folder) / f"triton-{key}.json"
     with suppress(OSError, ValueError, TypeError):  # not there, or damaged

@@ -36,13 +36,12 @@ def options(name):
 
 
 @pytest.fixture
-def compile(tmp_path, monkeypatch):
-    """compile(module, options, target), which counts in .calls how often the compiler ran; its folder is .folder."""
-    monkeypatch.setattr(launch.importlib.metadata, "version", lambda package: "1")
+def compile(tmp_path):
+    """compile(module, options, target, versions); .compiler counts its calls, .folder is where results are kept."""
     compiler, library = Compiler(), SimpleNamespace(CompilationResult=Result)
 
-    def call(module, of, target="sm_90"):
-        return launch._compile(library, compiler, module, None, options(of), target)
+    def call(module, of, target="sm_90", versions=("1", "1")):
+        return launch._compile(library, compiler, versions, module, None, options(of), target)
 
     call.compiler, call.folder = compiler, tmp_path / "cache"
     before = jax.config.jax_compilation_cache_dir
@@ -59,8 +58,7 @@ def test_a_kernel_is_compiled_once(compile):
     compile("another module", "options")
     compile("module", "other options")
     assert compile("module", "options", "sm_80").binary == "ptx of module for sm_80"
-    launch.importlib.metadata.version = lambda package: "2"
-    compile("module", "options")
+    compile("module", "options", versions=("1", "2"))
     assert compile.compiler.calls == 5
     assert len(list(compile.folder.iterdir())) == 5
 
