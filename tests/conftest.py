@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -48,6 +51,24 @@ def _cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def compiled_apart(request):
+    """A function: what a call of the test module's functions, like `compile_all(90)`, prints as JSON.
+
+    In a process of its own: kernels that are to be compiled must not be defined for Triton's interpreter.
+    """
+
+    def run(call):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        module = request.module.__name__
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module}; {module}.{call}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,7 @@
 """The kernel for a whole token against float64 numpy, on a GPU or emulated, and what it compiles to."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -267,14 +263,8 @@ def compile_all():
 
 
 @pytest.mark.slow
-def test_it_compiles_for_released_models():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_decode_step_kernel as t"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; t.compile_all()"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_it_compiles_for_released_models(compiled_apart):
+    found = compiled_apart("compile_all()")
     assert found.keys() == COMPILED.keys()
     for key, (_, registers, spills, shared, planned, barriers) in found.items():
         assert registers <= 128 and spills <= COMPILED[key][-1], key

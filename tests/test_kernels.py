@@ -1,12 +1,8 @@
 """All Triton kernels together: they compile for the GPUs that they are meant for, and a model runs on them."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -102,15 +98,9 @@ def compile_all(capability):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", MODELS)
-def test_kernels_compile(capability):
+def test_kernels_compile(capability, compiled_apart):
     """At the shapes of released models, without a GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_kernels as t; t.compile_all"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}({capability})"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = compiled_apart(f"compile_all({capability})")
     assert found.keys() == {name for name, *_ in calls(MODELS[capability])} and all(found.values())
     shared = {80: 163, 86: 99, 89: 99, 90: 227}[capability] << 10  # bytes of shared memory that a program may have
     for name, kernels in found.items():
