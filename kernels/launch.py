@@ -8,13 +8,15 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.extend
 import triton
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 
 def launch(
@@ -53,29 +55,43 @@ def launch(
 
 @cache
 def _keep_compiled(library):
-    """Have jax_triton.triton_lib keep what Triton's compiler makes beside JAX's compiled programs.
+    """Have jax_triton.triton_lib keep the kernels that it makes beside JAX's compiled programs.
 
-    Kernels are compiled before JAX can look for the program in its cache, and jax_triton 0.4 does so in every process:
-    some 10 s for a model.
+    Kernels are made before JAX can look for the program in its cache, and jax_triton 0.4 does so in every process: some
+    10 s for a model.
     """
-    compiler = getattr(library, "compile_ttir_inplace", None)
-    if compiler is not None:
+    functions = getattr(library, "TritonFunction", None)
+    if functions is not None:
         versions = tuple(map(importlib.metadata.version, ("triton", "jax-triton")))
-        library.compile_ttir_inplace = partial(_compile, library, compiler, versions)
+        functions._compile_kernel = partialmethod(_kernel, library, functions._compile_kernel, versions)
 
 
-def _compile(library, compiler, versions, module, backend, options, target):
-    """What compiler makes of a module of Triton's IR, a CompilationResult: from JAX's cache folder, or kept there."""
+def _kernel(function, library, make, versions, spec, target, backend, backend_options):
+    """What make makes of a TritonFunction: (TritonKernel, IR, options, CompilationResult), from JAX's cache folder.
+
+    What is not there yet is kept there.  Its name is a hash of the sources, as Triton's own cache has it: from the IR
+    it could only be told after most of the work.
+    """
     folder = jax.config.jax_compilation_cache_dir
     if folder is None:
-        return compiler(module, backend, options, target)
-    key = hashlib.sha256("\0".join([str(module), options.hash(), str(target), *versions]).encode()).hexdigest()
+        return make(function, spec, target, backend, backend_options)
+    options = backend.parse_options(backend_options)
+    source = GluonASTSource if isinstance(function.fn, GluonJITFunction) else ASTSource
+    source = source(function.fn, spec.signature, spec.constants, spec.attrs)
+    key = hashlib.sha256("\0".join([source.hash(), options.hash(), str(target), *versions]).encode()).hexdigest()
     file = Path(folder) / f"triton-{key}.json"
     with suppress(OSError, ValueError, TypeError):  # not there, or damaged
-        return library.CompilationResult(**json.loads(file.read_bytes()))
-    made = compiler(module, backend, options, target)
-    # what is left out is for who debugs the compiler
-    text = json.dumps({**vars(made), "ttgir": "", "llir": ""}).encode()
+        ir, result = json.loads(file.read_bytes())
+        result = library.CompilationResult(**result)
+        warps, programs = backend_options["num_warps"], backend_options["num_ctas"]
+        arguments = result.name, warps, programs, result.shared_mem_bytes, result.binary, ir, target.arch
+        return library.triton_kernel_call_lib.TritonKernel(*arguments), ir, options, result
+    made = make(function, spec, target, backend, backend_options)
+    _, ir, _, result = made
+    if result.global_scratch_size is not None:  # such a kernel has more arguments
+        return made
+    # what is left out is for who debugs the compiler; the IR is a part of the program that JAX has a cache for
+    text = json.dumps([ir, {**vars(result), "ttgir": "", "llir": ""}]).encode()
     with suppress(OSError):  # as JAX does where its cache cannot be written
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
