@@ -27,6 +27,7 @@ from ops import ceilings
 
 from jaxllm import pipeline
 from jaxllm.config import preset
+from jaxllm.generate import GPU_MEMORY
 from jaxllm.sampling import Sampling
 
 WEIGHTS = {  # dtype, quantization
@@ -116,7 +117,7 @@ def main():
 
 def in_a_process(command):
     """What a command prints as JSON; where it fails it has said why."""
-    done = subprocess.run(command, stdout=subprocess.PIPE)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=GPU_MEMORY | os.environ)
     if done.returncode:
         sys.exit(done.returncode)
     return json.loads(done.stdout)
@@ -131,8 +132,8 @@ def child(args):
     dtype, quantize = WEIGHTS[args.weights]
     config = replace(preset(args.preset), dtype=dtype, kv_cache=args.kv_cache, impl=args.impl[0])
     length = max(args.prompt, args.context or 0) + args.new
-    config = replace(config, max_len=max(config.max_len, length))  # what is in the cache takes no other time
-    slots = pipeline.bucket(length, pipeline.LEAST, config.max_len)
+    slots = -(-length // 128) * 128
+    config = replace(config, max_len=slots)  # beyond what the model was trained for, too: no time depends on it
     ceiling = ceilings()
     params = jax.block_until_ready(random_params(config, quantize))
     run, prefill, token = measure(config, params, args, slots)

@@ -193,10 +193,10 @@ def hidden_states(params: Params, config: ModelConfig, tokens, cache: KVCache | 
 
     Row b continues at position cache.length[b]; without a cache every row starts at 0 and sees only these tokens.
     lengths int32 [B] says how many of a row's tokens are real (all, by default): those behind are padding, whose
-    hidden states mean nothing and whose cache slots stay free.  Tokens beyond the cache's last slot are not stored:
+    hidden states mean nothing and which leave the cache alone.  Tokens beyond the cache's last slot are not stored:
     the caller sees to it that there is room.
     """
-    x, positions, cos, sin = _embed(params, config, tokens, cache)
+    x, positions, cos, sin = _embed(params, config, tokens, cache, lengths)
     slots = None if cache is None else (cache.k, cache.v)
     x, keys, values = _blocks(config, x, positions, cos, sin, params.layers, slots)
     x = ops.rms_norm(x, params.norm, config.norm_eps, config.impl)
@@ -205,11 +205,16 @@ def hidden_states(params: Params, config: ModelConfig, tokens, cache: KVCache | 
     return x, KVCache(keys, values, cache.length + (tokens.shape[1] if lengths is None else lengths))
 
 
-def _embed(params, config, tokens, cache):
-    """Embeddings x [B, T, D] of tokens [B, T] behind a cache, their positions [B, T], and of these cos and sin."""
+def _embed(params, config, tokens, cache, lengths=None):
+    """Embeddings x [B, T, D] of tokens [B, T] behind a cache, their positions [B, T], and of these cos and sin.
+
+    Positions of padding are -1.
+    """
     batch, count = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
     positions = start[:, None] + jnp.arange(count)
+    if lengths is not None:
+        positions = jnp.where(jnp.arange(count) < lengths[:, None], positions, -1)
     # float32 throughout: bfloat16 rounds position 257 to 256
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     return ops.embed(tokens, params.embed, config.dtype), positions, jnp.cos(angles), jnp.sin(angles)

@@ -95,7 +95,7 @@ def decode_chunk(params: Params, config: ModelConfig, state: State, sampling: Sa
         row = jnp.arange(state.token.shape[0])
         done = state.done | jnp.any(state.token[:, None] == eos, axis=-1)
         seen = state.seen.at[row, state.token].set(True)
-        alive = jnp.where(done, 0, 1)  # a finished row's cache no longer grows
+        alive = jnp.where(done, 0, 1)  # a finished row's cache no longer grows, and in a batch it is not read
         scores, cache = forward(params, config, state.token[:, None], state.cache, alive)
         chosen = sample(scores[:, 0], sampling, state.step, seen, config.impl)
         token = jnp.where(done, state.token, chosen)

@@ -65,7 +65,7 @@ def _attend_one(
     at = tl.arange(0, WIDTH)
     unit = tl.where((at % 2 == 1) & (dtype == tl.int8), 1 / 256, 1.0)
     queries = tl.load(q + head * H + at, mask=at < H, other=0).to(tl.float32) * (unit * scale)
-    end = tl.minimum(tl.load(positions + head // K), S - 1) + 1
+    end = tl.maximum(tl.minimum(tl.load(positions + head // K), S - 1), 0) + 1
     share = tl.cdiv(tl.cdiv(end, SPLITS), SLOTS) * SLOTS
     begin = split * share
     count = tl.minimum(end - begin, share)  # not positive where the splits before this one have it all
@@ -177,7 +177,7 @@ def _attend(
     place = (token.to(tl.int64) * K + head % K) * G + row % G  # among the queries of all heads
     at = tl.arange(0, WIDTH)
     queries = tl.load(q + place[:, None] * H + at[None, :], mask=at[None, :] < H, other=0)
-    position = tl.minimum(tl.load(positions + token), S - 1)
+    position = tl.maximum(tl.minimum(tl.load(positions + token), S - 1), 0)
 
     begin = 0
     end = tl.max(position) + 1

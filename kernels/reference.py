@@ -190,7 +190,7 @@ def rope_store(qkv, cos, sin, positions, k, v, k_scale=None, v_scale=None):
 
     qkv holds for each kv head its G query heads, then k, then v; cos and sin are as in `rope`.  The cache k and v
     [B, K, S, H] has qkv's type, or is int8 with k_scale and v_scale [B, K, S]; it is returned as it was given.  Token t
-    of row b goes to slot positions[b, t]; one beyond the last slot is dropped (padding may reach there).
+    of row b goes to slot positions[b, t]; one beyond the last slot, or below 0, is dropped.
     """
     q, new_k, new_v = rope(qkv[..., :-2, :], cos, sin), rope(qkv[..., -2, :], cos, sin), qkv[..., -1, :]
     if k_scale is None:
@@ -199,6 +199,7 @@ def rope_store(qkv, cos, sin, positions, k, v, k_scale=None, v_scale=None):
         (k8, k8_scale), (v8, v8_scale) = quantize_rows(new_k), quantize_rows(new_v)
         cache, new = (k, v, k_scale, v_scale), (k8, v8, k8_scale, v8_scale)
     row = jnp.arange(qkv.shape[0])[:, None]
+    positions = jnp.where(positions < 0, k.shape[2], positions)  # jax counts negative ones from the end
     cache = jax.tree.map(lambda s, a: s.at[row, :, positions].set(a, mode="drop"), cache, new)
     # without the barrier XLA redoes the update inside the attention's loop, and copies the whole cache for that
     return q, *jax.lax.optimization_barrier(cache)
@@ -209,14 +210,14 @@ def attention(q, k, v, positions, k_scale=None, v_scale=None, window=None):
 
     k and v are of q's type, or int8 with k_scale and v_scale [B, K, S], one number a slot and head.
     The query at positions [B, T] sees the slots 0 to its own position and no later one, so slots that are not filled
-    yet have no weight; with a window it sees the last so many of these only.  Vaswani et al. 2017, eq. 1; Ainslie et
-    al. 2023 for the groups, Beltagy et al. 2020 for the window.
+    yet have no weight; with a window it sees the last so many of these only.  One below position 0 sees slot 0.
+    Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 for the groups, Beltagy et al. 2020 for the window.
     """
     # k before q, so that XLA reads k and v where they lie; the other way round it transposes k, and jax 0.10 copies it
     scores = einsum("BKSH,BTKGH->BKSGT", k.astype(q.dtype), q)
     if k_scale is not None:
         scores = scores * k_scale[..., None, None]
-    slots, last = jnp.arange(k.shape[2])[:, None, None], positions[:, None, None, None, :]
+    slots, last = jnp.arange(k.shape[2])[:, None, None], jnp.maximum(positions, 0)[:, None, None, None, :]
     visible = slots <= last if window is None else (slots <= last) & (slots > last - window)
     weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=2)
     if v_scale is not None:

@@ -63,7 +63,7 @@ def _rope_store(
     first, second = _rotate(source + G * H, inside, c, s, HALF)
     v_first = tl.load(source + (G + 1) * H, mask=inside, other=0.0)
     v_second = tl.load(source + (G + 1) * H + HALF, mask=inside, other=0.0)
-    stored = slot < S
+    stored = (slot >= 0) & (slot < S)
     where = (b * K + head) * S + slot
     target = where[:, None] * H + at[None, :]
     written = stored[:, None] & (at < HALF)[None, :]
@@ -91,8 +91,8 @@ def rope_store(qkv, cos, sin, positions, k, v, k_scale=None, v_scale=None):
 
     qkv has, for each kv head, its G query heads, then k, then v; angles are given as in `rope`.  The cache k and v
     [B, K, S, H] is of qkv's type, or int8 with k_scale and v_scale float32 [B, K, S], one number a slot and head, as
-    `jaxllm.quantize` quantizes a token; positions of S and above are dropped.  The result is q [B, T, K, G, H] and the
-    cache in place: (q, k, v), or (q, k, v, k_scale, v_scale).
+    `jaxllm.quantize` quantizes a token; positions below 0, and of S and above, are dropped.  The result is
+    q [B, T, K, G, H] and the cache in place: (q, k, v), or (q, k, v, k_scale, v_scale).
     """
     B, T, K, parts, H = qkv.shape
     group = parts - 2

@@ -108,6 +108,8 @@ def test_positions_beyond_the_last_slot_see_all_slots(T, S):
     # padding reaches there; what it gets means nothing, but must not be read outside of the cache
     arguments, _ = case(1, T, 1, 1, 64, S, [S - T], "float32", "")
     q, k, v, positions = arguments
+    before = attention(q, k, v, positions - 1000)  # padding, which sees one slot
+    assert relative(before, np.asarray(attention(q, k, v, jnp.zeros_like(positions)), np.float64)) < 1e-6
     beyond = attention(q, k, v, positions + 1000)
     assert relative(beyond, np.asarray(attention(q, k, v, jnp.full_like(positions, S - 1)), np.float64)) < 1e-6
 

@@ -172,6 +172,21 @@ def test_int8_cache_equals_float64():
     assert np.abs(want - without).max() > 1e-2  # which is not what a float cache keeps
 
 
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, kv_cache="int8")], ids=["float", "int8"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_padding_leaves_the_cache_alone(config, count):
+    params = random_params(config)
+    tokens = np.random.default_rng(4).integers(0, 97, (3, 5))
+    _, cache = forward(params, config, tokens, init_cache(config, 3, 9), np.array([5, 2, 1]))
+    lengths = np.array([1, 0, count])
+    _, after = forward(params, config, tokens[:, :count], cache, lengths)
+    np.testing.assert_array_equal(after.length, [6, 2, 1 + count])
+    same = (np.arange(9) < cache.length[:, None]) | (np.arange(9) >= after.length[:, None])
+    for old, new in zip(*map(jax.tree.leaves, ((cache.k, cache.v), (after.k, after.v))), strict=True):
+        changed = (np.asarray(old) != np.asarray(new)).any(axis=1)
+        np.testing.assert_array_equal(changed.any(axis=-1) if old.ndim == 4 else changed, ~same)
+
+
 def test_padding_beyond_the_last_slot_leaves_the_cache_alone():
     params = random_params(SMALL)
     tokens = np.random.default_rng(3).integers(0, 97, (1, 9))

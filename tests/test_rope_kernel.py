@@ -63,10 +63,10 @@ def case(B, T, K, G, H, S, dtype, start):
 
 
 def written(cache, positions, new):
-    """A copy of cache [B, K, S, ...] with new [B, T, K, ...] at positions, those beyond the last slot left out."""
+    """A copy of cache [B, K, S, ...] with new [B, T, K, ...] at positions, those that are no slot left out."""
     cache = np.array(cache)
     for b, t in np.ndindex(*positions.shape):
-        if positions[b, t] < cache.shape[2]:
+        if 0 <= positions[b, t] < cache.shape[2]:
             cache[b, :, positions[b, t]] = new[b, t]
     return cache
 
@@ -76,7 +76,7 @@ SHAPES = [
     (2, 1, 4, 8, 64, 9, [8, 3]),
     (3, 5, 2, 3, 10, 9, [0, 4, 7]),  # the last row runs out of the cache
     (1, 70, 1, 1, 128, 80, [5]),
-    (2, 3, 2, 5, 80, 7, [2, 0]),
+    (2, 3, 2, 5, 80, 7, [2, -2]),  # the second row begins with padding
 ]
 
 
