@@ -111,11 +111,13 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "gluon": _triton(
             "decode_step:decode_step", capability=(9, 0), dtypes=("float32", "bfloat16"),
             limits={
-                "gpu": ("9.0",), "weights": ("float32", "bfloat16", "int8"), "cache": ("float32", "bfloat16"),
+                "gpu": ("9.0",), "multiprocessors": range(114, 1025),  # all of a Hopper card's, not a part of it
+                "weights": ("float32", "bfloat16", "int8"), "cache": ("float32", "bfloat16"),
                 "head_dim": (64, 128), "width": range(16, 8193, 16), "ffn_width": range(16, 28673, 16),
                 "window": (None,), "attention_bias": (False,), "qk_norm": (False,),
             },
-            auto=(),  # until it has been measured again
+            # with more slots, query heads that share k and v read them once each, which one by one they do not
+            auto=({"slots": range(1, 6145)},),
         ),
         "xla": Implementation(None),
     },
@@ -218,8 +220,10 @@ def decode_step(
     weights = " and ".join(sorted({_kind(w) for w in (output, *chain(*map(_matrices, layers)))}))
     if weights in ("float32", "bfloat16", "float16") and weights != x.dtype.name:
         weights += f" for {x.dtype.name}"
+    device = jax.extend.backend.get_default_device()
     facts |= {
-        "gpu": getattr(jax.extend.backend.get_default_device(), "compute_capability", None),
+        "gpu": getattr(device, "compute_capability", None),
+        "multiprocessors": getattr(device, "core_count", None),
         "weights": weights,
         "cache": _kind(keys[0]),
         "slots": keys[0].shape[2],
