@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,12 +21,11 @@ from importlib.metadata import version
 import jax
 import jax.numpy as jnp
 import numpy as np
-from memory import random_params
+from memory import in_a_process, random_params
 from ops import ceilings
 
 from jaxllm import pipeline
 from jaxllm.config import preset
-from jaxllm.generate import GPU_MEMORY
 from jaxllm.sampling import Sampling
 
 WEIGHTS = {  # dtype, quantization
@@ -110,17 +108,12 @@ def main():
         for impl in args.impl:
             folder = os.path.join(cache, impl)
             # two processes with compilation caches of their own: the first compiles, the second finds what it made
-            command = [sys.executable, __file__, *sys.argv[1:], "--cache", folder, "--impl", impl]
-            first, second = in_a_process(command), in_a_process(command)
+            command = [__file__, *sys.argv[1:], "--cache", folder, "--impl", impl]
+            first = in_a_process(*command)
+            second = first and in_a_process(*command)
+            if second is None:
+                sys.exit(1)  # it has said why
             show(args, second | {"first_run_s": first["run_s"], "second_run_s": second["run_s"]})
-
-
-def in_a_process(command):
-    """What a command prints as JSON; where it fails it has said why."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=GPU_MEMORY | os.environ)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
 
 
 def child(args):

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from memory import in_a_process
 
 from convert import memory
 from jaxllm import loader
 from jaxllm.config import preset
-from jaxllm.generate import GPU_MEMORY
 from jaxllm.model import abstract_params
 from jaxllm.quantize import SCHEMES
 from jaxllm.tokenizer import load_tokenizer
@@ -93,10 +93,9 @@ def child(folder, watch):
     print(json.dumps(figures | device))
 
 
-def in_a_process(folder, *options):
-    command = [sys.executable, __file__, "--child", str(folder), *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=GPU_MEMORY | os.environ)
-    return json.loads(done.stdout.splitlines()[-1])
+def load(folder, *options):
+    """What `child` finds in a process of its own, which has said why if it fails."""
+    return in_a_process(__file__, "--child", folder, *options) or sys.exit(1)
 
 
 def empty_cache(file):
@@ -164,10 +163,10 @@ def run(folder, args):
         )
 
     read_in_order(file)
-    in_a_process(folder)  # compiles what joins the pieces
+    load(folder)  # compiles what joins the pieces
     for _ in range(args.repeat):
-        show("warm", in_a_process(folder))
-    report["memory"] = found = in_a_process(folder, "--watch")
+        show("warm", load(folder))
+    report["memory"] = found = load(folder, "--watch")
     print(
         f"host private memory: {found['private_before'] / 1e6:.0f} MB before the load, and "
         f"{found['private_peak'] / 1e6:.0f} MB at most during it"
@@ -177,7 +176,7 @@ def run(folder, args):
     print(f"reading the file in order with an empty page cache: {report['disk_gb_per_s']:.2f} GB/s")
     for _ in range(args.repeat):
         empty_cache(file)
-        show("cold", in_a_process(folder))
+        show("cold", load(folder))
     read_in_order(file)
     first, second = start_up(folder), start_up(folder)
     report["start_up"] = {"first": first, "second": second}

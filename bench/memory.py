@@ -104,6 +104,16 @@ def child(case):
     )
 
 
+def in_a_process(*arguments):
+    """What Python prints last, JSON, run with arguments and with the command's settings of a GPU's memory.
+
+    None if it fails.
+    """
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=GPU_MEMORY | os.environ)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=CASES, metavar="PRESET:QUANTIZE:KV_CACHE:BATCH:MAX_LEN")
@@ -115,13 +125,10 @@ def main():
     # a process that looks for a GPU must not hold it, so the children look
     results = []
     for case in args.cases:
-        command = [sys.executable, __file__, "--child", case]
-        environment = GPU_MEMORY | os.environ
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-        if done.returncode:
+        found = in_a_process(__file__, "--child", case)
+        if found is None:
             print(f"{case}: failed")
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
         results.append(found)
         print(
             f"{case}: planned {found['plan'] / 1e9:.2f} GB (weights {found['plan_weights'] / 1e9:.2f}, cache "
