@@ -92,9 +92,9 @@ def decode_chunk(params: Params, config: ModelConfig, state: State, sampling: Sa
     """
 
     def step(state, _):
-        row = jnp.arange(state.token.shape[0])
         done = state.done | jnp.any(state.token[:, None] == eos, axis=-1)
-        seen = state.seen.at[row, state.token].set(True)
+        # not by index: so it is done in passing, where the logits are read
+        seen = state.seen | (jnp.arange(config.vocab_size) == state.token[:, None])
         alive = jnp.where(done, 0, 1)  # a finished row's cache no longer grows, and in a batch it is not read
         scores, cache = forward(params, config, state.token[:, None], state.cache, alive)
         chosen = sample(scores[:, 0], sampling, state.step, seen, config.impl)

@@ -71,19 +71,20 @@ def sample(logits, sampling: Sampling, step, seen, impl="auto"):
     """
     penalty = sampling.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw():
+    def perturbed():
+        """Logits whose largest is the draw (Gumbel 1954), and of greedy rows those as they are."""
         scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
         restricts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
         kept = _where(restricts, lambda: ops.restrict(scaled, sampling.top_k, sampling.top_p, impl), lambda: scaled)
         floor = jnp.max(kept, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]  # log(0) = -inf keeps all
         kept = jnp.where(kept >= floor, kept, -jnp.inf)
         keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(sampling.seed, step)
-        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-        return jnp.where(sampling.temperature > 0, drawn, greedy)
+        keys = jax.lax.optimization_barrier(keys)  # both words of a key in one kernel
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        return jnp.where(sampling.temperature[:, None] > 0, kept + noise, logits)
 
-    return _where(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+    return jnp.argmax(_where(jnp.any(sampling.temperature > 0), perturbed, lambda: logits), axis=-1).astype(jnp.int32)
 
 
 def _where(condition, then, otherwise):
