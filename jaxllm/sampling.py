@@ -77,7 +77,7 @@ def sample(logits, sampling: Sampling, step, seen, impl="auto"):
         scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
         restricts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
         kept = _where(restricts, lambda: ops.restrict(scaled, sampling.top_k, sampling.top_p, impl), lambda: scaled)
-        floor = jnp.max(kept, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]  # log(0) = -inf keeps all
+        floor = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]  # log(0) = -inf keeps all
         kept = jnp.where(kept >= floor, kept, -jnp.inf)
         keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(sampling.seed, step)
         keys = jax.lax.optimization_barrier(keys)  # both words of a key in one kernel
