@@ -142,7 +142,7 @@ def steps_of(config, scheme=None, tokens=STEP, filled=3, params=None):
 @pytest.mark.parametrize("scheme", [None, "int8"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_step_of_one_row_is_one_op(steps, scheme, tied):
-    config = replace(CONFIG, tied=tied)
+    config = replace(CONFIG, tied=tied, dtype="float32")
     ours, cache = steps_of(config, scheme)
     assert len(steps) == 1
     theirs, other = steps_of(replace(config, impl="decode_step=xla"), scheme)
