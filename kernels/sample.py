@@ -2,26 +2,18 @@
 
 What is kept is every logit from some threshold on.  A search narrows the floats between which that lies, and counts or
 weighs the logits above two pivots at every step, until a single logit or a single float is left.  One program takes a
-row, which stays in registers if it fits there.
+row.  It first searches the largest logits of many parts of the row for a bound that only few reach.  Where the
+threshold is above that, the search goes on among these few alone; else it goes through the row at every step.
 """
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
 from jaxllm.kernels.launch import launch
 
-HELD = 32768  # columns that a program holds in registers
-PIECE = 4096  # columns that it takes at a time of a longer row, once for every step of the search
-
-
-def _tile(width):
-    """The columns of a piece of a row, the pieces that a program holds in registers (2^n, or none), and its warps."""
-    if width > HELD:
-        return PIECE, 0, 16
-    warps = min(8, max(1, triton.next_power_of_2(width) // 1024))
-    piece = warps * 128  # 16 bytes for each thread
-    return piece, triton.next_power_of_2(triton.cdiv(width, piece)), warps
+UNROLL = 2  # pieces of a row that are on their way at a time; the more, the longer the compiler takes
 
 
 @triton.jit
@@ -43,59 +35,94 @@ def _load(row, start, V: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
+def _or_inf(values):
+    return tl.where(values > float("-inf"), values, float("inf"))
+
+
+@triton.jit
+def _survey(row, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+    """The largest logit of each part, which is every PIECE-th column; the least that is not -inf; how many are not."""
+    tops = tl.full((PIECE,), float("-inf"), tl.float32)
+    lows = tl.full((PIECE,), float("inf"), tl.float32)
+    finite = tl.zeros((PIECE,), tl.float32)
+    for start in tl.range(0, V, PIECE, loop_unroll_factor=4 * UNROLL):
+        values = _load(row, start, V, PIECE)
+        tops = tl.maximum(tops, values)
+        lows = tl.minimum(lows, _or_inf(values))
+        finite += tl.where(values > float("-inf"), 1.0, 0.0)
+    return tops, tl.min(lows, axis=0), tl.sum(finite, axis=0)
+
+
+@triton.jit
+def _take(row, tops, floor, few, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+    """All logits >= floor, perhaps some below, in a tile of PIECE, by way of memory at few; and whether they fit."""
+    DEPTH: tl.constexpr = triton.next_power_of_2(triton.cdiv(V, PIECE))  # logits of a part
+    number = tl.arange(0, PIECE)
+    reach = (tops >= floor).to(tl.int32)
+    parts = tl.sum(reach, axis=0)
+    whole = parts <= PIECE // DEPTH  # all logits of the parts that reach floor fit
+    count = parts
+    if whole:
+        place = tl.cumsum(reach, axis=0) - reach
+        tl.store(few + place, number.to(tl.float32, bitcast=True), mask=tops >= floor)
+    else:
+        counts = tl.zeros((PIECE,), tl.int32)
+        for start in tl.range(0, V, PIECE, loop_unroll_factor=UNROLL):
+            counts += (_load(row, start, V, PIECE) >= floor).to(tl.int32)
+        count = tl.sum(counts, axis=0)
+        if count <= PIECE:
+            place = tl.cumsum(counts, axis=0) - counts  # where those of a part begin
+            for start in tl.range(0, V, PIECE, loop_unroll_factor=UNROLL):
+                values = _load(row, start, V, PIECE)
+                tl.store(few + place, values, mask=values >= floor)
+                place += (values >= floor).to(tl.int32)
+    tl.debug_barrier()
+    if whole:
+        there = number // DEPTH < parts
+        part = tl.load(few + number // DEPTH, mask=there, other=0.0).to(tl.int32, bitcast=True)
+        column = part + number % DEPTH * PIECE
+        taken = tl.load(row + column, mask=there & (column < V), other=float("-inf"))
+    else:
+        taken = tl.load(few + number, mask=(number < count) & (count <= PIECE), other=float("-inf"))
+    return taken, count <= PIECE
+
+
+@triton.jit
 def _above(values, low, high, peak, WEIGH: tl.constexpr):
     weights = tl.exp(values - peak) if WEIGH else 1.0
     return tl.join(tl.where(values >= low, weights, 0.0), tl.where(values >= high, weights, 0.0))
 
 
 @triton.jit
-def _measure(row, held, low, high, peak, V: tl.constexpr, PIECE: tl.constexpr, WEIGH: tl.constexpr):
-    """How many logits are >= low, and >= high; with WEIGH the sums of exp(logit - peak) of those instead."""
-    sums = tl.zeros((PIECE, 2), tl.float32)
+def _measure(
+    row, held, low, high, peak, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr, WEIGH: tl.constexpr
+):
+    """How many logits of held, or else of the row, are >= low, and >= high; with WEIGH their sums of exp(it - peak)."""
     if held is None:
-        for start in tl.range(0, V, PIECE):
+        sums = tl.zeros((PIECE, 2), tl.float32)
+        for start in tl.range(0, V, PIECE, loop_unroll_factor=UNROLL):
             sums += _above(_load(row, start, V, PIECE), low, high, peak, WEIGH)
     else:
-        sums = tl.sum(_above(held, low, high, peak, WEIGH), axis=0)
+        sums = _above(held, low, high, peak, WEIGH)
     return tl.split(tl.sum(sums, axis=0))  # together, because a barrier costs more than a sum
 
 
 @triton.jit
-def _survey(row, held, V: tl.constexpr, PIECE: tl.constexpr):
-    """The largest logit, the smallest that is not -inf, and how many are not."""
-    peaks = tl.full((PIECE,), float("-inf"), tl.float32)
-    lows = tl.full((PIECE,), float("inf"), tl.float32)
-    finite = tl.zeros((PIECE,), tl.int32)
-    if held is None:
-        for start in tl.range(0, V, PIECE):
-            values = _load(row, start, V, PIECE)
-            peaks = tl.maximum(peaks, values)
-            lows = tl.minimum(lows, _or_inf(values))
-            finite += (values > float("-inf")).to(tl.int32)
-    else:
-        peaks = tl.max(held, axis=0)
-        lows = tl.min(_or_inf(held), axis=0)
-        finite = tl.sum((held > float("-inf")).to(tl.int32), axis=0)
-    return tl.max(peaks, axis=0), tl.min(lows, axis=0), tl.sum(finite, axis=0)
-
-
-@triton.jit
-def _or_inf(values):
-    return tl.where(values > float("-inf"), values, float("inf"))
-
-
-@triton.jit
-def _search(row, held, floor, peak, target, V: tl.constexpr, PIECE: tl.constexpr, WEIGH: tl.constexpr):
+def _search(
+    row, held, floor, peak, target, enough,
+    V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr, WEIGH: tl.constexpr,
+):  # fmt: skip
     """Keys lo < hi such that the logits >= lo number (with WEIGH: weigh) target or more, and those >= hi do not.
 
-    Either a single logit lies between them, or lo and hi are neighbours.  Also what the logits >= lo, and >= hi, number
-    or weigh.  floor is a bound that reaches target, and peak the largest logit.
+    Those >= lo number or weigh no more than enough, or a single logit lies between lo and hi, or these are neighbours.
+    Also what the logits >= lo, and >= hi, number or weigh.  floor is a bound that reaches target, and peak the largest
+    logit.
     """
     lo, hi = _key(floor), _key(peak) + 1
     sum_lo, sum_hi = float("inf"), 0.0
     unit = 1.0  # what one logit near lo adds; two add more than 1.5 of it, however the sums are rounded
     linear = True
-    while (hi > lo + 1) & (sum_lo - sum_hi > 1.5 * unit):
+    while (hi > lo + 1) & (sum_lo > enough) & (sum_lo - sum_hi > 1.5 * unit):
         # thirds of the interval of values, which suits logits as they are, and at every other step thirds of the keys,
         # which bounds the number of steps whatever they are
         step = _value(hi) / 3 - _value(lo) / 3
@@ -104,10 +131,7 @@ def _search(row, held, floor, peak, target, V: tl.constexpr, PIECE: tl.constexpr
         low = tl.minimum(tl.maximum(low, lo + 1), hi)
         high = tl.minimum(tl.maximum(high, low), hi)
         linear = not linear
-        # this is peak, but the compiler cannot know it: else it computes all weights before the loop, for which there
-        # are no registers
-        same_peak = tl.maximum(peak, _value(lo))
-        sum_low, sum_high = _measure(row, held, _value(low), _value(high), same_peak, V, PIECE, WEIGH)
+        sum_low, sum_high = _measure(row, held, _value(low), _value(high), peak, V, PIECE, UNROLL, WEIGH)
         low_reaches, high_reaches = sum_low >= target, sum_high >= target
         hi = tl.where(high_reaches, hi, tl.where(low_reaches, high, low))
         sum_hi = tl.where(high_reaches, sum_hi, tl.where(low_reaches, sum_high, sum_low))
@@ -119,36 +143,62 @@ def _search(row, held, floor, peak, target, V: tl.constexpr, PIECE: tl.constexpr
 
 
 @triton.jit
-def _restrict(logits, top_k, top_p, out, V: tl.constexpr, PIECE: tl.constexpr, HELD: tl.constexpr):
+def _cut(row, held, k, p, floor, peak, weight, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+    """The smallest logit that stays, of those of held, or else of the row, that are >= floor.
+
+    They are k or more.  Without top-k, k is 0, weight is that of the whole row, and they weigh what top-p asks for.
+    """
+    bound = floor
+    if k > 0:
+        lo, hi, count_lo, count_hi = _search(row, held, floor, peak, k, k, V, PIECE, UNROLL, False)
+        bound = _value(lo)
+        if p < 1:
+            ties = count_lo > k  # at rank k, of which only some are among the k
+            above = _value(tl.where(ties, hi, lo))
+            weight, _ = _measure(row, held, above, above, peak, V, PIECE, UNROLL, True)
+            weight += tl.where(ties, (k - count_hi) * tl.exp(bound - peak), 0.0)
+    if p < 1:
+        floor = tl.maximum(bound, peak - 104)  # exp(-104) is 0 in float32
+        lo, _, _, _ = _search(row, held, floor, peak, p * weight, p * weight, V, PIECE, UNROLL, True)
+        bound = _value(lo)
+    return bound
+
+
+@triton.jit
+def _threshold(logits, top_k, top_p, out, few, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     row = logits + program * V
     k, p = tl.load(top_k + program), tl.load(top_p + program)
-    # as one tensor: of 32 pieces by themselves the compiler makes the same in four times as many seconds
-    column = tl.arange(0, HELD)[:, None] * PIECE + tl.arange(0, PIECE) if HELD else None
-    held = tl.load(row + column, mask=column < V, other=float("-inf")) if HELD else None
-    peak, lowest, finite = _survey(row, held, V, PIECE)
-    bound, above, tied = lowest, lowest, 0.0
-    if (k > 0) & (k < V):
-        kept = tl.minimum(k, finite).to(tl.float32)
-        lo, hi, count_lo, count_hi = _search(row, held, lowest, peak, kept, V, PIECE, False)
-        bound = _value(lo)
-        if count_lo > kept:  # ties at rank k, of which only some are among the k
-            above = _value(hi)
-            tied = (kept - count_hi) * tl.exp(bound - peak)
+    k = tl.where(k < V, k, 0)
+    bound = float("-inf")
+    if (k > 0) | (p < 1):
+        tops, floor, finite = _survey(row, V, PIECE, UNROLL)
+        peak = tl.max(tops, axis=0)
+        kept = tl.minimum(k.to(tl.float32), finite)
+        rank = tl.where(k > 0, kept, PIECE // 2)
+        taken, decide, weight = tops, rank <= PIECE // 2, 0.0
+        if decide:
+            if rank <= tl.sum((tops > float("-inf")).to(tl.int32), axis=0):
+                # what so many of the parts' largest reach, so many logits reach, and seldom many more
+                lowest = tl.min(_or_inf(tops), axis=0)
+                lo, _, _, _ = _search(row, tops, lowest, peak, rank, 1.25 * rank, V, PIECE, UNROLL, False)
+                floor = _value(lo)
+            taken, decide = _take(row, tops, floor, few + program * PIECE, V, PIECE, UNROLL)
+        if k <= 0:
+            weight, _ = _measure(row, None, float("-inf"), peak, peak, V, PIECE, UNROLL, True)
+            near, _ = _measure(row, taken, floor, peak, peak, V, PIECE, UNROLL, True)
+            decide = decide & (near >= p * weight)
+            floor = tl.where(decide, floor, float("-inf"))
+        if decide:
+            bound = _cut(row, taken, kept, p, floor, peak, weight, V, PIECE, UNROLL)
         else:
-            above = bound
-    if p < 1:
-        weight, _ = _measure(row, held, above, above, peak, V, PIECE, True)
-        floor = tl.maximum(bound, peak - 104)  # exp(-104) is 0 in float32
-        lo, _, _, _ = _search(row, held, floor, peak, p * (weight + tied), V, PIECE, True)
-        bound = _value(lo)
-    if HELD:
-        tl.store(out + program * V + column, tl.where(held >= bound, held, float("-inf")), mask=column < V)
-    else:
-        for start in tl.range(0, V, PIECE):
-            values = _load(row, start, V, PIECE)
-            place = start + tl.arange(0, PIECE)
-            tl.store(out + program * V + place, tl.where(values >= bound, values, float("-inf")), mask=place < V)
+            bound = _cut(row, None, kept, p, floor, peak, weight, V, PIECE, UNROLL)
+    tl.store(out + program, bound)
+
+
+def _piece(width):
+    """Columns that a program takes at a time, 16 bytes for each thread; also how many logits it takes out of a row."""
+    return 4096 if width > 65536 else min(2048, max(128, triton.next_power_of_2(width)))
 
 
 def restrict(logits, top_k, top_p):
@@ -158,16 +208,17 @@ def restrict(logits, top_k, top_p):
     top-k kept, adds up to p (1: all).  Logits that tie with the last one kept are kept.  Holtzman et al. 2020.
     """
     batch, width = logits.shape
-    piece, held, warps = _tile(width)
-    return launch(
-        _restrict,
+    piece = _piece(width)
+    threshold, _ = launch(
+        _threshold,
         logits,
         top_k,
         top_p,
-        out=jax.ShapeDtypeStruct(logits.shape, logits.dtype),
+        out=(jax.ShapeDtypeStruct((batch,), "float32"), jax.ShapeDtypeStruct((batch, piece), "float32")),
         grid=(batch,),
-        num_warps=warps,
+        num_warps=piece // 128,
         V=width,
         PIECE=piece,
-        HELD=held,
+        UNROLL=UNROLL,
     )
+    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)

@@ -10,7 +10,10 @@ pytest.importorskip("triton", reason="kernels are written in Triton")
 from jaxllm.kernels import reference, sample  # noqa: E402
 
 RNG = np.random.default_rng(0)
-BOTH = [(0, 1.0), (1, 1.0), (5, 1.0), (10**6, 1.0), (0, 0.5), (0, 0.97), (0, 1e-6), (7, 0.6), (60, 0.999), (3, 1e-6)]
+BOTH = [
+    (0, 1.0), (1, 1.0), (5, 1.0), (10**6, 1.0), (0, 0.5), (0, 0.97), (0, 1e-6), (7, 0.6), (60, 0.999), (3, 1e-6),
+    (150, 1.0), (200, 0.99), (64, 1.0), (65, 0.9),
+]  # fmt: skip
 
 
 def threshold(row, k, p):
@@ -41,59 +44,76 @@ def normal(*shape):
     return (RNG.normal(size=shape) * 3).astype(np.float32)
 
 
-@pytest.fixture(params=["held", "streamed"])
-def way(request, monkeypatch):
-    """Both ways to go through a row, at a size that is quick to interpret."""
-    if request.param == "streamed":
-        monkeypatch.setattr(sample, "HELD", 0)
-        monkeypatch.setattr(sample, "PIECE", 64)
+@pytest.fixture(params=["pieces", "one piece"])
+def pieces(request, monkeypatch):
+    """Rows in several pieces, at a size that is quick to interpret, and in one."""
+    if request.param == "pieces":
+        monkeypatch.setattr(sample, "_piece", lambda width: 128)
 
 
 @pytest.mark.parametrize("size", [1, 257])
-def test_rows_with_settings_of_their_own(size, way):
+def test_rows_with_settings_of_their_own(size, pieces):
     top_k, top_p = np.array(BOTH).T
     check(normal(len(BOTH), size), top_k, top_p)
 
 
-def test_random_settings(way):
-    check(normal(8, 130), RNG.integers(0, 140, 8), RNG.uniform(0.01, 1.05, 8))
+def test_random_settings(pieces):
+    check(normal(4, 300), RNG.integers(0, 140, 4), RNG.uniform(0.01, 1.05, 4))
+    check(normal(3, 300) / 3, RNG.integers(0, 300, 3), RNG.uniform(0.9, 1.01, 3))
+
+
+def test_a_part_that_has_all_of_the_largest():
+    """A column of all pieces: what is the largest elsewhere says little."""
+    width = 5 * sample._piece(10000)
+    rows = normal(3, width)
+    rows[:, :: width // 5] += 20
+    check(rows, [4, 9, 0], 0.5)
+
+
+def test_rows_of_few(pieces):
+    """Less logits that are not -inf than k, more than k but in fewer parts of the row, and more than a piece."""
+    rows = np.tile(normal(350), (6, 1))
+    for row, step in zip(rows, [150, 40, 128, 2, 2, 2], strict=True):
+        row[np.arange(350) % step > 0] = -np.inf
+    check(rows, [40, 20, 2, 130, 0, 170], [0.6, 0.8, 0.9, 1.0, 0.99, 0.99])
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        np.zeros(70),
-        np.full(70, -7.5),
-        RNG.integers(-2, 3, 70),  # many ties
-        np.where(np.arange(70) % 2, 0.0, -0.0),
-        np.append(np.where(np.arange(69) % 2, 0.0, -0.0), 1.0),
-        np.append(np.full(68, -1.0), [0.0, -0.5]),  # ties that weigh much more than the k that belong to them
-        np.where(np.arange(70) % 3, -np.inf, np.arange(70) / 10),
-        np.where(np.arange(70) == 33, 2.0, -np.inf),
-        np.append(np.arange(69), 1000.0),
-        np.append(np.arange(69) / 9, -3e38),  # no use of the middle between the extremes
-        np.append(np.arange(69) * 2e-38, 1e-36),  # around the smallest that is normal
-        np.append(np.arange(69) * 1e-30, -1e30),
-        np.concatenate([[3.4028235e38, -3.4028235e38], np.arange(68)]),
-        1 + np.arange(70) * 1.2e-7,  # neighbours
-        -1e4 - np.arange(70) * 0.01,
+        np.zeros(150),
+        np.full(150, -7.5),
+        RNG.integers(-2, 3, 150),  # many ties
+        np.where(np.arange(150) % 2, 0.0, -0.0),
+        np.append(np.where(np.arange(149) % 2, 0.0, -0.0), 1.0),
+        np.append(np.full(148, -1.0), [0.0, -0.5]),  # ties that weigh much more than the k that belong to them
+        np.where(np.arange(150) % 3, -np.inf, np.arange(150) / 10),
+        np.where(np.arange(150) == 33, 2.0, -np.inf),
+        np.append(np.arange(149), 1000.0),
+        np.append(np.arange(149) / 9, -3e38),  # no use of the middle between the extremes
+        np.append(np.arange(149) * 2e-38, 1e-36),  # around the smallest that is normal
+        np.append(np.arange(149) * 1e-30, -1e30),
+        np.concatenate([[3.4028235e38, -3.4028235e38], np.arange(148)]),
+        1 + np.arange(150) * 1.2e-7,  # neighbours
+        -1e4 - np.arange(150) * 0.01,
     ],
 )
-def test_extreme_rows(row):
+def test_extreme_rows(row, monkeypatch):
+    monkeypatch.setattr(sample, "_piece", lambda width: 128)
     row = np.asarray(row, np.float32)
-    top_k, top_p = np.array([(1, 1.0), (7, 1.0), (0, 0.5), (0, 0.97), (4, 0.6), (60, 0.999)]).T
-    check(np.tile(row, (6, 1)), top_k, top_p)
+    top_k, top_p = np.array([(7, 1.0), (0, 0.97), (4, 0.6), (100, 0.999)]).T
+    check(np.tile(row, (4, 1)), top_k, top_p)
 
 
-def test_a_row_of_nothing_stays(way):
+def test_a_row_of_nothing_stays(pieces):
     empty = np.full((2, 70), -np.inf, np.float32)
     got = sample.restrict(jnp.asarray(empty), jnp.array([0, 3]), jnp.array([1.0, 0.5]))
     np.testing.assert_array_equal(got, empty)
 
 
-@pytest.mark.parametrize("size", [sample.HELD, sample.HELD + 1])
+@pytest.mark.parametrize("size", [32000, 33333])
 def test_long_rows(size):
-    check(normal(2, size), [50, 0], [0.9, 0.95], slack=1e-5)  # the interpreter sums one by one
+    check(normal(3, size), [50, 0, 0], [0.9, 0.95, 0.5], slack=1e-5)  # the interpreter sums one by one
 
 
 def test_the_specification_agrees():
@@ -110,4 +130,6 @@ def test_the_specification_agrees():
 def test_real_shapes(size, batch):
     for scale in (0.1, 1, 4):
         check(scale * normal(batch, size), RNG.integers(0, 2000, batch), RNG.uniform(0.5, 1.02, batch))
+        check(scale * normal(batch, size), RNG.integers(1, 100, batch), 0.95)
+        check(scale * normal(batch, size), 0, RNG.uniform(0.5, 0.99, batch), slack=1e-5)
     check(np.round(4 * normal(batch, size)) / 4, RNG.integers(0, 2000, batch), RNG.uniform(0.5, 1.02, batch))
