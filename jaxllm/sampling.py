@@ -91,7 +91,7 @@ def _where(condition, then, otherwise):
     """then() or otherwise(), by a scalar: a CPU computes only the one that is asked for.
 
     On a GPU a branch makes the host wait for the condition and breaks up the CUDA graph at every token: 0.2 to 0.6 ms
-    on an H100, where to sort and draw for nothing takes 0.1.
+    on an H100, where to draw for nothing takes less than 0.03.
     """
     return jax.lax.platform_dependent(
         condition,
