@@ -13,7 +13,7 @@ import triton.language as tl
 
 from jaxllm.kernels.launch import launch
 
-UNROLL = 2  # pieces of a row that are on their way at a time; the more, the longer the compiler takes
+UNROLL = tl.constexpr(2)  # pieces of a row that are on their way at a time; the more, the longer the compiler takes
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _or_inf(values):
 
 
 @triton.jit
-def _survey(row, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+def _survey(row, V: tl.constexpr, PIECE: tl.constexpr):
     """The largest logit of each part, which is every PIECE-th column; the least that is not -inf; how many are not."""
     tops = tl.full((PIECE,), float("-inf"), tl.float32)
     lows = tl.full((PIECE,), float("inf"), tl.float32)
@@ -54,7 +54,7 @@ def _survey(row, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
 
 
 @triton.jit
-def _take(row, tops, floor, few, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+def _take(row, tops, floor, few, V: tl.constexpr, PIECE: tl.constexpr):
     """All logits >= floor, perhaps some below, in a tile of PIECE, by way of memory at few; and whether they fit."""
     DEPTH: tl.constexpr = triton.next_power_of_2(triton.cdiv(V, PIECE))  # logits of a part
     number = tl.arange(0, PIECE)
@@ -94,9 +94,7 @@ def _above(values, low, high, peak, WEIGH: tl.constexpr):
 
 
 @triton.jit
-def _measure(
-    row, held, low, high, peak, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr, WEIGH: tl.constexpr
-):
+def _measure(row, held, low, high, peak, V: tl.constexpr, PIECE: tl.constexpr, WEIGH: tl.constexpr):
     """How many logits of held, or else of the row, are >= low, and >= high; with WEIGH their sums of exp(it - peak)."""
     if held is None:
         sums = tl.zeros((PIECE, 2), tl.float32)
@@ -110,7 +108,7 @@ def _measure(
 @triton.jit
 def _search(
     row, held, floor, peak, target, enough,
-    V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr, WEIGH: tl.constexpr,
+    V: tl.constexpr, PIECE: tl.constexpr, WEIGH: tl.constexpr,
 ):  # fmt: skip
     """Keys lo < hi such that the logits >= lo number (with WEIGH: weigh) target or more, and those >= hi do not.
 
@@ -131,7 +129,7 @@ def _search(
         low = tl.minimum(tl.maximum(low, lo + 1), hi)
         high = tl.minimum(tl.maximum(high, low), hi)
         linear = not linear
-        sum_low, sum_high = _measure(row, held, _value(low), _value(high), peak, V, PIECE, UNROLL, WEIGH)
+        sum_low, sum_high = _measure(row, held, _value(low), _value(high), peak, V, PIECE, WEIGH)
         low_reaches, high_reaches = sum_low >= target, sum_high >= target
         hi = tl.where(high_reaches, hi, tl.where(low_reaches, high, low))
         sum_hi = tl.where(high_reaches, sum_hi, tl.where(low_reaches, sum_high, sum_low))
@@ -143,36 +141,36 @@ def _search(
 
 
 @triton.jit
-def _cut(row, held, k, p, floor, peak, weight, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+def _cut(row, held, k, p, floor, peak, weight, V: tl.constexpr, PIECE: tl.constexpr):
     """The smallest logit that stays, of those of held, or else of the row, that are >= floor.
 
     They are k or more.  Without top-k, k is 0, weight is that of the whole row, and they weigh what top-p asks for.
     """
     bound = floor
     if k > 0:
-        lo, hi, count_lo, count_hi = _search(row, held, floor, peak, k, k, V, PIECE, UNROLL, False)
+        lo, hi, count_lo, count_hi = _search(row, held, floor, peak, k, k, V, PIECE, False)
         bound = _value(lo)
         if p < 1:
             ties = count_lo > k  # at rank k, of which only some are among the k
             above = _value(tl.where(ties, hi, lo))
-            weight, _ = _measure(row, held, above, above, peak, V, PIECE, UNROLL, True)
+            weight, _ = _measure(row, held, above, above, peak, V, PIECE, True)
             weight += tl.where(ties, (k - count_hi) * tl.exp(bound - peak), 0.0)
     if p < 1:
         floor = tl.maximum(bound, peak - 104)  # exp(-104) is 0 in float32
-        lo, _, _, _ = _search(row, held, floor, peak, p * weight, p * weight, V, PIECE, UNROLL, True)
+        lo, _, _, _ = _search(row, held, floor, peak, p * weight, p * weight, V, PIECE, True)
         bound = _value(lo)
     return bound
 
 
 @triton.jit
-def _threshold(logits, top_k, top_p, out, few, V: tl.constexpr, PIECE: tl.constexpr, UNROLL: tl.constexpr):
+def _threshold(logits, top_k, top_p, out, few, V: tl.constexpr, PIECE: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     row = logits + program * V
     k, p = tl.load(top_k + program), tl.load(top_p + program)
     k = tl.where(k < V, k, 0)
     bound = float("-inf")
     if (k > 0) | (p < 1):
-        tops, floor, finite = _survey(row, V, PIECE, UNROLL)
+        tops, floor, finite = _survey(row, V, PIECE)
         peak = tl.max(tops, axis=0)
         kept = tl.minimum(k.to(tl.float32), finite)
         rank = tl.where(k > 0, kept, PIECE // 2)
@@ -181,18 +179,18 @@ def _threshold(logits, top_k, top_p, out, few, V: tl.constexpr, PIECE: tl.conste
             if rank <= tl.sum((tops > float("-inf")).to(tl.int32), axis=0):
                 # what so many of the parts' largest reach, so many logits reach, and seldom many more
                 lowest = tl.min(_or_inf(tops), axis=0)
-                lo, _, _, _ = _search(row, tops, lowest, peak, rank, 1.25 * rank, V, PIECE, UNROLL, False)
+                lo, _, _, _ = _search(row, tops, lowest, peak, rank, 1.25 * rank, V, PIECE, False)
                 floor = _value(lo)
-            taken, decide = _take(row, tops, floor, few + program * PIECE, V, PIECE, UNROLL)
+            taken, decide = _take(row, tops, floor, few + program * PIECE, V, PIECE)
         if k <= 0:
-            weight, _ = _measure(row, None, float("-inf"), peak, peak, V, PIECE, UNROLL, True)
-            near, _ = _measure(row, taken, floor, peak, peak, V, PIECE, UNROLL, True)
+            weight, _ = _measure(row, None, float("-inf"), peak, peak, V, PIECE, True)
+            near, _ = _measure(row, taken, floor, peak, peak, V, PIECE, True)
             decide = decide & (near >= p * weight)
             floor = tl.where(decide, floor, float("-inf"))
         if decide:
-            bound = _cut(row, taken, kept, p, floor, peak, weight, V, PIECE, UNROLL)
+            bound = _cut(row, taken, kept, p, floor, peak, weight, V, PIECE)
         else:
-            bound = _cut(row, None, kept, p, floor, peak, weight, V, PIECE, UNROLL)
+            bound = _cut(row, None, kept, p, floor, peak, weight, V, PIECE)
     tl.store(out + program, bound)
 
 
@@ -219,6 +217,5 @@ def restrict(logits, top_k, top_p):
         num_warps=piece // 128,
         V=width,
         PIECE=piece,
-        UNROLL=UNROLL,
     )
     return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
