@@ -101,8 +101,8 @@ def test_rows_of_few(pieces):
 def test_extreme_rows(row, monkeypatch):
     monkeypatch.setattr(sample, "_piece", lambda width: 128)
     row = np.asarray(row, np.float32)
-    top_k, top_p = np.array([(7, 1.0), (0, 0.97), (4, 0.6), (100, 0.999)]).T
-    check(np.tile(row, (4, 1)), top_k, top_p)
+    top_k, top_p = np.array([(1, 1.0), (7, 1.0), (0, 0.5), (0, 0.97), (4, 0.6), (100, 0.999)]).T
+    check(np.tile(row, (6, 1)), top_k, top_p)
 
 
 def test_a_row_of_nothing_stays(pieces):
