@@ -270,21 +270,22 @@ def forward(params: Params, config: ModelConfig, tokens, cache: KVCache | None =
 
     A pure function: jit, grad, vmap and shard it.  Arguments as in `hidden_states`.
     """
-    if cache is not None and tokens.shape == (1, 1):
+    if cache is not None and tokens.shape[1] == 1:
         return _decode_step(params, config, tokens, cache, lengths)
     hidden, cache = hidden_states(params, config, tokens, cache, lengths)
     return logits(params, config, hidden), cache
 
 
 def _decode_step(params, config, tokens, cache, lengths):
-    """`forward` of one token of one row, which may be a single kernel."""
+    """`forward` of one token of each row, which may be a single kernel."""
 
     def one_by_one(x, cos, sin, positions, layers, keys, values, norm, output):
         x, keys, values = _blocks(config, x, positions, cos, sin, layers, (keys, values))
         x = ops.rms_norm(x[:, 0], norm, config.norm_eps, config.impl)
         return ops.matmul(x, output, impl=config.impl), keys, values
 
-    x, positions, cos, sin = _embed(params, config, tokens, cache)
+    # a row that has ended costs less, if there are others
+    x, positions, cos, sin = _embed(params, config, tokens, cache, lengths if len(tokens) > 1 else None)
     scores, keys, values = ops.decode_step(
         one_by_one, x, cos, sin, positions, params.layers, cache.k, cache.v, params.norm, _output(params),
         config.norm_eps, config.impl,

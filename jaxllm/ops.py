@@ -114,6 +114,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
                 "gpu": ("9.0",), "multiprocessors": range(114, 1025),  # all of a Hopper card's, not a part of it
                 "weights": ("float32", "bfloat16", "int8"), "cache": ("float32", "bfloat16"),
                 "head_dim": (64, 128), "width": range(16, 8193, 16), "ffn_width": range(16, 28673, 16),
+                "rows": range(1, 9), "inputs": range(16, 49153),
                 "window": (None,), "attention_bias": (False,), "qk_norm": (False,),
             },
             # with more slots, query heads that share k and v read them once each, which one by one they do not
@@ -203,10 +204,10 @@ def restrict(logits, top_k, top_p, impl="auto"):
 def decode_step(
     one_by_one, x, cos, sin, positions, layers, keys, values, norm, output: Array, eps, impl="auto", **facts
 ):
-    """Logits float32 [1, V] behind the token of one row, and the L caches k and v: a whole model as one op.
+    """Logits float32 [B, V] behind one token of each of B rows, and the L caches k and v: a whole model as one op.
 
-    x [1, 1, D] is the token's embedding, cos, sin and positions are as in `rope_store`; layers are L `model.Layer`s,
-    keys and values their caches [1, K, S, H], norm [D] and output [V, D] what follows.  one_by_one is the
+    x [B, 1, D] are the tokens' embeddings, cos, sin and positions are as in `rope_store`; layers are L `model.Layer`s,
+    keys and values their caches [B, K, S, H], norm [D] and output [V, D] what follows.  one_by_one is the
     specification: a function of x to output that returns the same by way of the other ops, which is also what happens
     where impl names an implementation of another op.  facts are more to choose by: window, attention_bias and qk_norm,
     of the config.  An implementation takes arrays: x, cos, sin, positions, layers (attn_norm, wqkv, wo, ffn_norm,
@@ -226,10 +227,12 @@ def decode_step(
         "multiprocessors": getattr(device, "core_count", None),
         "weights": weights,
         "cache": _kind(keys[0]),
-        "slots": keys[0].shape[2],
+        "slots": len(x) * keys[0].shape[2],
         "head_dim": keys[0].shape[3],
         "width": x.shape[-1],
         "ffn_width": layers[0].w_down.shape[-1],
+        "rows": len(x) if len(x) == 1 or x.dtype == jnp.bfloat16 else f"{len(x)} of {x.dtype.name}",
+        "inputs": len(x) * max(x.shape[-1], layers[0].wo.shape[-1]),  # of a product, of all rows
     }
     chosen = choose("decode_step", impl, x.dtype, facts)
     if chosen.function is None:

@@ -50,6 +50,20 @@ def shared_base():
 
 # $1 address, $2 value, $3 whether
 _STORE = gl.constexpr("{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.b32 $0, 0; }")
+# $1 address, $2 and $3 values, $4 whether they are added to what is there, $5 whether
+_ADD_SUMS = gl.constexpr("""{
+    .reg .pred p, more;
+    .reg .f32 a, b;
+    setp.ne.b32 p, $5, 0;
+    setp.ne.and.b32 more, $4, 0, p;
+    mov.f32 a, 0f00000000;
+    mov.f32 b, 0f00000000;
+    @more ld.shared.v2.f32 {a, b}, [$1];
+    add.f32 a, a, $2;
+    add.f32 b, b, $3;
+    @p st.shared.v2.f32 [$1], {a, b};
+    mov.b32 $0, 0;
+}""")
 # $1 address, $2 ... $13 values
 _STORE_12 = _by_thread_0(" ".join(f"@p st.shared.b64 [$1 + {8 * i}], ${2 + i};" for i in range(12)))
 # $1 address, $2 value
@@ -87,6 +101,15 @@ def load_shared(address):
 
 
 @gluon.jit
+def load_shared_words(address):
+    """A tuple of four int32, 16 bytes of shared memory."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [address],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def load_shared_int64(address):
     return _asm("ld.shared.b64 $0, [$1];", "=l,r", [address], gl.int64)
 
@@ -116,6 +139,31 @@ def _sum_code(count):
 def sum_shared(address, COUNT: gl.constexpr):
     """The sum of COUNT float32, a multiple of four, that lie at an address in shared memory."""
     return _asm(_sum_code(COUNT), "=f,r", [address], gl.float32)
+
+
+@gluon.constexpr_function
+def _pair_sums_code(count, stride):
+    """$0 and $1 = the sums of count pairs of float32, stride bytes apart, from $2 on in shared memory."""
+    lines = [f"{{ .reg .f32 v<{2 * count}>;"]
+    lines += [f"ld.shared.v2.f32 {{v{2 * i}, v{2 * i + 1}}}, [$2 + {stride * i}];" for i in range(count)]
+    for i in range(2):
+        lines += [f"add.f32 v{i}, v{i}, v{2 * j + i};" for j in range(1, count)] + [f"mov.f32 ${i}, v{i};"]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.jit
+def sum_pairs(address, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """The sums of the first and of the second of COUNT pairs of float32, STRIDE bytes apart in shared memory."""
+    return gl.inline_asm_elementwise(
+        _pair_sums_code(COUNT, STRIDE), "=&f,=&f,r", [address],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def add_sums(address, sums, more, mask):
+    """Two float32 to shared memory where mask is true; with more, added to what is there."""
+    _asm(_ADD_SUMS, "=r,r,f,f,r,r", (address,) + sums + (more.to(gl.int32), mask.to(gl.int32)), gl.int32)
 
 
 # Barriers.
@@ -200,8 +248,6 @@ _COPY_ROWS = gl.constexpr("""{
     @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$1], [$2], $3, [$5], $7;
     mov.b32 $0, 0;
 }""")
-# $1 from, $2 bytes
-_PREFETCH = _by_thread_0("setp.gt.and.s32 p, $2, 0, p; @p cp.async.bulk.prefetch.L2.global [$1], $2;")
 
 
 @gluon.jit
@@ -211,19 +257,19 @@ def evict_first():
 
 
 @gluon.jit
+def evict_normal():
+    """The cache policy for what others read soon."""
+    return _asm("createpolicy.fractional.L2::evict_normal.b64 $0, 1.0; // $1", "=l,r", [0], gl.int64)
+
+
+@gluon.jit
 def copy_rows(target, source, row_bytes, mask, mbarrier, all_bytes, policy):
-    """A row for each lane of a warp where mask is true, to shared memory; mbarrier's phase ends when all are there.
+    """A lane's row_bytes where mask is true, to shared memory; mbarrier's phase ends when those of all are there.
 
     Addresses and row_bytes are multiples of 16; all_bytes is what the lanes copy together.
     """
     operands = [target, source, row_bytes, mask.to(gl.int32), mbarrier, all_bytes, policy]
     _asm(_COPY_ROWS, "=r,r,l,r,r,r,r,l", operands, gl.int32)
-
-
-@gluon.jit
-def prefetch(source, size):
-    """Have size bytes, a multiple of 16, brought into L2, if that is more than 0; by thread 0."""
-    _asm(_PREFETCH, "=r,l,r", [source, size], gl.int32)
 
 
 # Words in global memory.
@@ -286,6 +332,62 @@ def load_words(
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _load_rows_code(rows, count, width, stride, wait):
+    """$0 ... = the words of `_load_code` of each of `rows` rows; with wait those that are 0, until none is."""
+    words = [f"${i}" for i in range(rows * count * width)]
+    groups = [words[i : i + width] for i in range(0, len(words), width)]
+    address, n, row_stride = (f"${len(words) + i}" for i in range(3))
+    lines = ["{", ".reg .pred p, missing;", ".reg .b32 turns, least;", f".reg .b64 row<{rows}>;"]
+    lines += [f"mov.b64 row0, {address};"]
+    lines += [f"add.s64 row{i}, row{i - 1}, {row_stride};" for i in range(1, rows)]
+    loads, checks = [], []
+    for i, group in enumerate(groups):
+        vector = f".v{width}.b32 {{{', '.join(group)}}}" if width > 1 else f".b32 {group[0]}"
+        load = f"@p ld.relaxed.gpu.global{vector}, [row{i // count} + {i % count * stride}];"
+        exists = f"setp.gt.s32 p, {n}, {i % count};"
+        least = [f"mov.b32 least, {group[0]};"] + [f"min.u32 least, least, {word};" for word in group[1:]]
+        least += ["setp.eq.b32 p, least, 0;", f"setp.gt.and.s32 p, {n}, {i % count}, p;"]
+        loads += [*(least if wait else [exists]), load]
+        checks += [*least, "or.pred missing, missing, p;"]
+    if not wait:
+        return "\n".join([*lines, *(f"mov.b32 {word}, 0;" for word in words), *loads, "}"])
+    lines += ["mov.b32 turns, 0;", "again:", "setp.ne.b32 missing, 0, 0;", *checks, "@!missing bra done;", *loads]
+    lines += ["add.u32 turns, turns, 1;", f"setp.lt.u32 p, turns, {POLLS};", "@p bra again;", "trap;", "done:"]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _wait_for_rows_constraints(count):
+    return ",".join([_load_constraints(count), "l", *map(str, range(count))])
+
+
+@gluon.jit
+def load_rows(
+    address, n, row_stride, ROWS: gl.constexpr, COUNT: gl.constexpr, WIDTH: gl.constexpr, STRIDE: gl.constexpr
+):  # fmt: skip
+    """The tuple of `load_words`, WIDTH being at most 4, of each of ROWS rows row_stride bytes apart.
+
+    A word that is not there yet is 0, and one for `wait_for_rows`.
+    """
+    return gl.inline_asm_elementwise(
+        _load_rows_code(ROWS, COUNT, WIDTH, STRIDE, False), _load_constraints(ROWS * COUNT * WIDTH) + ",l",
+        [address, n, row_stride], dtype=_int32(ROWS * COUNT * WIDTH), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_for_rows(
+    words, address, n, row_stride,
+    ROWS: gl.constexpr, COUNT: gl.constexpr, WIDTH: gl.constexpr, STRIDE: gl.constexpr,
+):  # fmt: skip
+    """words, of `load_rows`, when none of those that exist is 0 any more."""
+    return gl.inline_asm_elementwise(
+        _load_rows_code(ROWS, COUNT, WIDTH, STRIDE, True), _wait_for_rows_constraints(ROWS * COUNT * WIDTH),
+        (address, n, row_stride) + words, dtype=_int32(ROWS * COUNT * WIDTH), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 # $1 address, $2 value, $3 whether
 _STORE_WORD = gl.constexpr(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }"
@@ -329,6 +431,15 @@ def highest_lane(value):
 
 # Numbers.
 
+# bytes 1 and 0 of $2 ... $5, the latter less 128
+_DIGITS = gl.constexpr("""{
+    .reg .b32 a, b, c;
+    prmt.b32 a, $2, $3, 0x5410;
+    prmt.b32 b, $4, $5, 0x5410;
+    prmt.b32 c, a, b, 0x6420;
+    prmt.b32 $0, a, b, 0x7531;
+    xor.b32 $1, c, 0x80808080;
+}""")
 # bytes 2, 1 and 0 of $3 ... $6
 _TRANSPOSE = gl.constexpr("""{
     .reg .b32 a, b, c, d;
@@ -362,6 +473,23 @@ def transpose_bytes(a, b, c, d):
         _TRANSPOSE, "=&r,=&r,=&r,r,r,r,r", [a, b, c, d],
         dtype=(gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def multiply_bfloat16(pair, other):
+    """Two bfloat16 in an int32 times two others, rounded."""
+    return _asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [pair, other], gl.int32)
+
+
+@gluon.jit
+def two_digits(a, b, c, d):
+    """Of four int32 that are 128 more than a number of 16 bits: its two signed digits in base 256, the higher first.
+
+    The other bits of them do not count.  Returns two int32, of four bytes each.
+    """
+    return gl.inline_asm_elementwise(
+        _DIGITS, "=&r,=&r,r,r,r,r", [a, b, c, d], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+    )
 
 
 @gluon.constexpr_function
@@ -407,4 +535,40 @@ def multiply_tile(sums, w, x, mask, SIZE: gl.constexpr, STEPS: gl.constexpr):
     return gl.inline_asm_elementwise(
         _tile_code(SIZE, STEPS), _tile_constraints(SIZE), [w, x, mask.to(gl.int32), sums[0], sums[1], sums[2], sums[3]],
         dtype=(sums[0].dtype, sums[1].dtype, sums[2].dtype, sums[3].dtype), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+_FULL_TILE_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 12))
+
+
+@gluon.constexpr_function
+def _full_tile_code(steps):
+    """$0 ... $7 = $12 ... $19 plus products of w at $8 and x at $9 and $10, which lanes with $11 load."""
+    lines = ["{", ".reg .b32 w<4>, x<4>, y<4>;", ".reg .pred p;", "setp.ne.b32 p, $11, 0;"]
+    lines += [f"mov.b32 {v}{i}, 0;" for v in "xy" for i in range(4)]
+    for step in range(steps):
+        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$8 + {64 * step}];"]
+        lines += [f"@p ld.shared.v4.b32 {{x0, x1, x2, x3}}, [$9 + {64 * step}];"]
+        lines += [f"@p ld.shared.v4.b32 {{y0, y1, y2, y3}}, [$10 + {64 * step}];"]
+        for i in (0, 2):
+            first = 2 * i
+            results = ", ".join(f"${first + j}" for j in range(4))
+            sums = ", ".join(f"${(12 if step == 0 else 0) + first + j}" for j in range(4))
+            lines += [
+                f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{results}}}, "
+                f"{{x{i}, y{i}, x{i + 1}, y{i + 1}}}, {{w{i}, w{i + 1}}}, {{{sums}}};"
+            ]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.jit
+def multiply_full_tile(sums, w, x, y, mask, STEPS: gl.constexpr):
+    """`multiply_tile` of int8 with two rows of x for each lane // 4, at x and at y: sums, a tuple of eight, plus those.
+
+    Sums 0 and 1, and again 4 and 5, are those of x; 2 and 3, 6 and 7 those of y.
+    """
+    return gl.inline_asm_elementwise(
+        _full_tile_code(STEPS), _FULL_TILE_CONSTRAINTS,
+        [w, x, y, mask.to(gl.int32), sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7]],
+        dtype=_int32(8), is_pure=False, pack=1,
     )  # fmt: skip

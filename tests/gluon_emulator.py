@@ -245,7 +245,7 @@ class Instructions:
         self.load_float = lambda address: self.load_words(address, 1, 1, 1, 0)[0].view(np.float32)
         self.warp_barrier = self.mbarrier_fence = lambda: None
         self.mbarrier_arrive = lambda address: self._count(self._mbarrier(address), 1, 0)
-        self.evict_first = lambda: tensor(0, np.int64)
+        self.evict_first = self.evict_normal = lambda: tensor(0, np.int64)
         self.other_lane = lambda value, distance: tensor(lanes(value)[LANES ^ distance])
         self.highest_lane = lambda value: tensor(np.full(32, value.max()))
 
@@ -287,6 +287,10 @@ class Instructions:
             memory, row = self._shared(address, 4, np.int32)
             memory[row, 0] = value
 
+    def load_shared_words(self, address):
+        memory, rows = self._shared(lanes(address), 16, np.int32)
+        return tuple(tensor(word) for word in memory[rows].T)
+
     def _load(self, address, dtype):
         memory, rows = self._shared(address, np.dtype(dtype).itemsize, dtype)
         return tensor(memory[rows, 0])
@@ -295,6 +299,17 @@ class Instructions:
         memory, rows = self._shared(address, 16, np.float32)
         sums = memory[rows[..., None] + np.arange(count // 4)].sum(-2)
         return (sums[..., 0] + sums[..., 1] + (sums[..., 2] + sums[..., 3])).view(Tensor)
+
+    def sum_pairs(self, address, count, stride):
+        places = lanes(address)[:, None] + np.arange(count, dtype=np.int32) * np.int32(stride)
+        memory, rows = self._shared(places, 8, np.float32)
+        return tuple(memory[rows].sum(1).T.view(Tensor))
+
+    def add_sums(self, address, sums, more, mask):
+        memory, rows = self._shared(lanes(address), 4 * len(sums), np.float32)
+        on = lanes(mask)
+        old = np.where(lanes(more)[on, None], memory[rows[on]], np.float32(0))
+        memory[rows[on]] = old + np.stack([lanes(v)[on] for v in sums], -1)
 
     # barriers
 
@@ -338,13 +353,14 @@ class Instructions:
 
     def copy_rows(self, target, source, row_bytes, mask, mbarrier, all_bytes, policy):
         launch, memory = self._launch, self._program().memory
-        mbarrier, mask, target, source = self._mbarrier(mbarrier), *map(lanes, (mask, target, source))
-        assert mask.sum() * row_bytes == all_bytes, "not the bytes that the mbarrier expects"
+        mbarrier, mask = self._mbarrier(mbarrier), lanes(mask)
+        target, source, sizes = (lanes(of)[mask] for of in (target, source, row_bytes))
+        assert sizes.sum() == all_bytes, "not the bytes that the mbarrier expects"
         assert mbarrier.bytes == 0 and mbarrier.arrivals == mbarrier.needed, "a copy to a slot that is being filled"
         self._count(mbarrier, 1, -int(all_bytes))
-        rows = [(int(to), self._row(begin, row_bytes)) for to, begin in zip(target[mask], source[mask], strict=True)]
+        rows = [(int(to), self._row(*row)) for to, *row in zip(target, source, sizes, strict=True)]
         for to, row in rows:
-            assert to % 16 == 0 and to >= SHARED and to + row_bytes <= len(memory)
+            assert to % 16 == 0 and to >= SHARED and to + row.stop - row.start <= len(memory)
             launch.read[row.start // 4 : row.stop // 4] = True
 
         def copy():
@@ -357,26 +373,40 @@ class Instructions:
         else:
             launch.copies.append(copy)
 
-    def prefetch(self, source, size):
-        if self._first() and size > 0:
-            self._row(source, size)
-
     # words in global memory
 
-    def load_words(self, address, n, count, width, stride, wait=False):
-        launch, memory = self._launch, self._launch.memory.view(np.int32)
-        groups = lanes(address)[:, None] + np.arange(count) * stride
-        on = np.arange(count) < lanes(n)[:, None]
+    def _places(self, address, n, rows, count, width, row_stride, stride):
+        """Which of the words [32, rows * count, width] of each lane exist, and their places in global memory."""
+        offsets = np.arange(rows)[:, None] * row_stride + np.arange(count) * stride
+        groups = lanes(address)[:, None] + offsets.reshape(-1)
+        on = np.tile(np.arange(count) < lanes(n)[:, None], rows)
         assert not (groups[on] % (4 * min(width, 4))).any(), "not aligned"
-        on = np.broadcast_to(on[..., None], (32, count, width))
-        places = launch.words(groups[..., None] + 4 * np.arange(width), on)
+        on = np.broadcast_to(on[..., None], (32, rows * count, width))
+        return on, self._launch.words(groups[..., None] + 4 * np.arange(width), on)
+
+    def load_words(self, address, n, count, width, stride, wait=False, rows=1, row_stride=0):
+        launch, memory = self._launch, self._launch.memory.view(np.int32)
+        on, places = self._places(address, n, rows, count, width, row_stride, stride)
         used = places[on]
         if wait and used.size:
             launch.wait(lambda: memory[used[-1]] != 0 and memory[used].all())
         else:
             launch.read[used] = True
         words = np.where(on, memory[places], 0)
-        return tuple(tensor(words[:, i, j]) for i in range(count) for j in range(width))
+        if np.ndim(address) == 0:  # as all lanes do the same
+            words = words[0]
+        return tuple(tensor(words[..., i, j]) for i in range(rows * count) for j in range(width))
+
+    def load_rows(self, address, n, row_stride, rows, count, width, stride):
+        on, places = self._places(address, n, rows, count, width, row_stride, stride)
+        memory = self._launch.memory.view(np.int32)
+        words = np.where(on & (self._launch.random.random() < 0.5), memory[places], 0)
+        return tuple(tensor(word) for word in words.reshape(32, -1).T)
+
+    def wait_for_rows(self, words, address, n, row_stride, rows, count, width, stride):
+        found = self.load_words(address, n, count, width, stride, True, rows, row_stride)
+        assert all(((word == 0) | (word == there)).all() for word, there in zip(words, found, strict=True))
+        return found
 
     def store_word(self, address, value, mask):
         launch, mask = self._launch, lanes(mask)
@@ -402,6 +432,15 @@ class Instructions:
         pairs = [numbers(lanes(words)[:, None], BFLOAT16).astype(np.float32) for words in (peak, pair)]
         return self.pack_bfloat16(*np.maximum(pairs[0], abs(pairs[1])).T)
 
+    def multiply_bfloat16(self, pair, other):
+        a, b = (numbers(lanes(words)[:, None], BFLOAT16).astype(np.float32) for words in (pair, other))
+        return self.pack_bfloat16(*(a * b).T)
+
+    def two_digits(self, *words):
+        digits = numbers(np.stack(words, -1)[..., None], np.uint8)  # [lane, word, byte]
+        digits = digits[:, :, 1], digits[:, :, 0] ^ 128
+        return tuple(numbers(digit, np.int32)[:, 0].view(Tensor) for digit in digits)
+
     def transpose_bytes(self, *words):
         parts = numbers(np.stack(words, -1)[..., None], np.uint8)  # [lane, word, byte]
         return tuple(numbers(parts[:, :, byte], np.int32)[:, 0].view(Tensor) for byte in (2, 1, 0))
@@ -422,3 +461,8 @@ class Instructions:
             for i in range(2):
                 results[2 * half + i] = (results[2 * half + i] + products[:, i]).astype(sums[0].dtype)
         return tuple(results)
+
+    def multiply_full_tile(self, sums, w, x, y, mask, steps):
+        x, y = ([*sums[i : i + 2], *sums[i + 4 : i + 6]] for i in (0, 2)), (x, y)
+        x, y = (self.multiply_tile(part, w, place, mask, 1, steps) for part, place in zip(*(x, y), strict=True))
+        return *x[:2], *y[:2], *x[2:], *y[2:]

@@ -101,7 +101,7 @@ def whole(x, cos, sin, positions, layers, norm, output, output_scale=None, eps=0
         qkv = product(x, wqkv, scales[0], norm=attn_norm, eps=eps)
         q, k, v = reference.rope_store(qkv, cos, sin, positions, k, v)
         attended = reference.attention(q, k, v, positions)
-        x = product(attended.reshape(1, 1, -1), wo, scales[1], residual=x)
+        x = product(attended.reshape(*x.shape[:2], -1), wo, scales[1], residual=x)
         hidden = product(x, w_gate_up, scales[2], norm=ffn_norm, eps=eps, gated=True)
         x = product(hidden, w_down, scales[3], residual=x)
         keys.append(k)
@@ -141,13 +141,14 @@ def steps_of(config, scheme=None, tokens=STEP, filled=3, params=None):
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_step_of_one_row_is_one_op(steps, scheme, tied):
-    config = replace(CONFIG, tied=tied, dtype="float32")
-    ours, cache = steps_of(config, scheme)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_is_one_op(steps, scheme, tied, batch):
+    config, tokens = replace(CONFIG, tied=tied, dtype="float32"), STEP + jnp.arange(batch)[:, None]
+    ours, cache = steps_of(config, scheme, tokens)
     assert len(steps) == 1
-    theirs, other = steps_of(replace(config, impl="decode_step=xla"), scheme)
+    theirs, other = steps_of(replace(config, impl="decode_step=xla"), scheme, tokens)
     assert len(steps) == 1
-    assert ours.shape == theirs.shape == (1, 1, 60) and (cache.length == 4).all()
+    assert ours.shape == theirs.shape == (batch, 1, 60) and (cache.length == 4).all()
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cache, other)
 
@@ -175,11 +176,10 @@ def test_what_is_no_whole_step(steps, more, scheme):
             steps_of(replace(config, impl="decode_step=gluon"), scheme)
 
 
-def test_other_steps_than_of_one_token_and_row(steps):
+def test_other_steps_than_of_one_token(steps):
     params = init_params(CONFIG, jax.random.key(0))
     forward(params, CONFIG, STEP)  # without a cache
     steps_of(CONFIG, tokens=jnp.array([[7, 8]]))
-    steps_of(CONFIG, tokens=jnp.array([[7], [8]]))
     assert not steps
     steps_of(replace(CONFIG, impl="restrict=xla"))  # which is not a part of it
     assert len(steps) == 1
