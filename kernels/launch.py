@@ -34,8 +34,8 @@ def launch(
 
     The kernel gets a pointer for each of arrays, and a tuple of them for a tuple, then one for each leaf of out
     (ShapeDtypeStructs), then constants by name: numbers that are compiled in.  aliases maps the number of an array,
-    those in tuples counted one by one, to the leaf of out that is the same buffer, updated in place; such a leaf has no
-    pointer of its own.  backend_options are more of the compiler, by name.
+    those in tuples counted one by one, to the leaf of out that is the same buffer, updated in place; such leaves come
+    last in out, and have no pointers of their own.  backend_options are more of the compiler, by name.
     """
     import jax_triton
 
