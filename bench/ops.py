@@ -132,6 +132,9 @@ def attention_cases():
     for tokens in 2048, 16384:
         for heads, group in (32, 1), (8, 8):
             yield attention_case(f"prefill T{tokens} K{heads} G{group}", 1, tokens, tokens, heads, group, "bfloat16")
+    yield attention_case("prefill B8 T512 K32 G1", 8, 512, 512, 32, 1, "bfloat16")
+    yield attention_case("prefill T2048 behind 8192 K32 G1", 1, 2048, 10240, 32, 1, "bfloat16")
+    yield attention_case("prefill T2048 K32 G1 H64", 1, 2048, 2048, 32, 1, "bfloat16", dim=64)
 
 
 def attention_case(name, batch, tokens, slots, heads, group, kind, dim=128):
@@ -300,7 +303,7 @@ def plot(records, file):
     measured = [record for record in records if "share" in record]
     names = list(dict.fromkeys((record["group"], record["case"]) for record in measured))
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.16 * len(names)))
-    for impl, marker in ("xla", "o"), ("cudnn", "s"), ("triton", "D"):
+    for impl, marker in ("xla", "o"), ("cudnn", "s"), ("triton", "D"), ("mosaic", "^"):
         rows = [record for record in measured if record["impl"] == impl]
         places = [names.index((record["group"], record["case"])) for record in rows]
         axes.plot([record["share"] for record in rows], places, marker, markersize=4, label=impl)
@@ -318,7 +321,7 @@ def main():
         "--only", nargs="+", default=groups, metavar="GROUP", help=f"beginnings of {', '.join(groups)}-N"
     )
     parser.add_argument("--preset", nargs="+", default=["llama2-7b", "tinyllama-1.1b", "llama2-70b"])
-    parser.add_argument("--impl", nargs="+", default=["xla", "triton", "cudnn"])
+    parser.add_argument("--impl", nargs="+", default=["xla", "triton", "mosaic", "cudnn"])
     parser.add_argument("--plot", metavar="FILE", help="an SVG of the shares (takes matplotlib)")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
@@ -328,9 +331,11 @@ def main():
     records = []
     for case in (*row_cases(), *attention_cases(), *matmul_cases(args.preset)):
         if case.group.startswith(tuple(args.only)):
-            # cuDNN has no int8 cache
-            here = [*ops.IMPLEMENTATIONS[case.op]] + ["cudnn"] * (case.op == "attention" and "int8" not in case.name)
-            records += measure(case, [name for name in here if name in args.impl], ceiling)
+            here = [*ops.IMPLEMENTATIONS[case.op]] + ["cudnn"] * (case.op == "attention")
+            # cuDNN has no int8 cache, and its mask begins with the first slot; "mosaic" is for prefill
+            not_here = {"cudnn"} if "int8" in case.name or "behind" in case.name else set()
+            not_here |= {"mosaic"} if case.group == "attention-decode" else set()
+            records += measure(case, [name for name in here if name in {*args.impl} - not_here], ceiling)
     if args.plot:
         plot(records, args.plot)
     device = {"device": jax.devices()[0].device_kind, "python": platform.python_version(), "jax": version("jax")}

@@ -88,6 +88,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "xla": Implementation(reference.rope_store),
     },
     "attention": {
+        "mosaic": Implementation(
+            # jax_triton takes no part in it, but comes with a jax that is new enough
+            "jaxllm.kernels.flash_attention:attention", "gpu", capability=(9, 0), packages=("jax_triton",), dtypes=HALF,
+            limits={
+                "gpu": ("9.0",), "cache": HALF, "head_dim": (64, 128), "window": (None,),
+                "tokens": range(8, 2**20, 8), "slots": range(8, 2**24, 8),
+            },
+            auto=(),  # a whole model with it has not been measured
+            differentiable=False,
+        ),
         "triton": _triton("attention:attention", limits={"head_dim": HEAD_DIMS, "window": (None,)}),
         "xla": Implementation(reference.attention),
     },
@@ -169,7 +179,10 @@ def attention(q, k: Array, v: Array, positions, impl="auto", window=None):
 
     A query sees the slots up to its position, with a window only the last so many of them.
     """
-    facts = {"head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2], "window": window}
+    facts = {
+        "gpu": _compute_capability(), "cache": _kind(k), "head_dim": q.shape[-1], "tokens": q.shape[1],
+        "slots": k.shape[2], "window": window,
+    }  # fmt: skip
     options = {} if window is None else {"window": window}
     if isinstance(k, QTensor):
         return _call("attention", impl, facts, options, q, k.values, v.values, positions, k.scale, v.scale)
@@ -223,7 +236,7 @@ def decode_step(
         weights += f" for {x.dtype.name}"
     device = jax.extend.backend.get_default_device()
     facts |= {
-        "gpu": getattr(device, "compute_capability", None),
+        "gpu": _compute_capability(),
         "multiprocessors": getattr(device, "core_count", None),
         "weights": weights,
         "cache": _kind(keys[0]),
@@ -250,6 +263,11 @@ def decode_step(
         return function(x, cos, sin, positions, tuple(arrays), norm, *_numbers(output), eps=eps)
 
     return (whole if chosen.differentiable else _with_rules_of(one_by_one, whole))(*arguments)
+
+
+def _compute_capability():
+    """That of JAX's default device, or None."""
+    return getattr(jax.extend.backend.get_default_device(), "compute_capability", None)
 
 
 def _matrices(layer):

@@ -267,6 +267,7 @@ class Session:
 def stores_scores(config: ModelConfig) -> bool:
     """Whether a prefill call stores attention scores [B, N, T, S]: XLA's attention does, kernels do not."""
     facts = {"head_dim": config.head_dim, "tokens": PIECE, "slots": config.max_len, "window": config.sliding_window}
+    facts |= {"gpu": None, "cache": None}  # of the kernels, the one for any GPU and any cache stands for all
     return ops.choose("attention", config.impl, config.dtype, facts) is ops.IMPLEMENTATIONS["attention"]["xla"]
 
 

@@ -145,7 +145,7 @@ def test_256_tokens_are_the_same(op):
     config = replace(preset("tinyllama-1.1b"), n_layers=4, dtype="float32")
     params = jax.jit(partial(init_params, config))(jax.random.key(1))
     prompts = [np.random.default_rng(0).integers(3, config.vocab_size, 40).tolist()]
-    for name in IMPLEMENTATIONS[op] if op else ["triton"]:
+    for name in set(IMPLEMENTATIONS[op]) - {"mosaic"} if op else ["triton"]:  # which has no float32
         impl = f"{op}={name}" if op else name
         ours, theirs = (tokens_of(replace(config, impl=each), params, prompts, 256) for each in (impl, "xla"))
         np.testing.assert_array_equal(ours, theirs)

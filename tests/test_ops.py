@@ -322,7 +322,7 @@ def test_kernels_without_a_gpu_are_refused_by_name():
 @pytest.mark.parametrize(
     "impl, message",
     [
-        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, gluon, triton, xla"),
+        ("cuda", "implementation 'cuda' is not in this jaxllm; there are auto, gluon, mosaic, triton, xla"),
         ("atention=xla", "no op called 'atention'; there are rms_norm, "),
         ("rms_norm=cudnn", "implementation 'cudnn' is not in this jaxllm"),
         ("", "implementation ''"),
