@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import ModelError
 from jaxllm.loader import TOKENIZERS, Weight, advise, cast
 from jaxllm.model import matrix_scheme
-from jaxllm.quantize import dequantize
+from jaxllm.quantize import column_fill, column_gain, dequantize, divide_up, equalizes
 from jaxllm.quantize import quantize as quantize_weight
 from jaxllm.tensor import QTensor
 
@@ -52,10 +52,28 @@ def quantize_checkpoint(checkpoint: Checkpoint, quantize: str, keep_float: Colle
     Its blocks raise ValueError where a weight is not finite.
     """
 
+    @cache
+    def gain(layer):
+        blocks = checkpoint.weights[f"{layer}.w_down"].blocks()
+        return column_gain(reduce(np.maximum, map(column_fill, blocks)))
+
+    def down(layer, weight):
+        for block in weight.blocks():
+            yield quantize_weight(block.astype(np.float32) * gain(layer), quantize)
+
+    def gate_up(layer, weight):
+        start = 0
+        for block in weight.blocks():
+            yield divide_up(quantize_weight(block, quantize), gain(layer), start)
+            start += len(block)
+
     def one(name, weight):
-        scheme = matrix_scheme(name.rpartition(".")[2], quantize, keep_float)
+        layer, _, part = name.rpartition(".")
+        scheme = matrix_scheme(part, quantize, keep_float)
         if scheme is None:
             return weight
+        if part in ("w_down", "w_gate_up") and equalizes(quantize, keep_float):
+            return Weight(weight.shape, partial(down if part == "w_down" else gate_up, layer, weight))
         return Weight(weight.shape, lambda: (quantize_weight(block, scheme) for block in weight.blocks()))
 
     weights = {name: one(name, weight) for name, weight in checkpoint.weights.items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,7 +32,7 @@ from jaxllm.kernels.reference import GROUP
 from jaxllm.model import MATRICES, Params, abstract_params, matrix_scheme
 from jaxllm.ops import check_implementations
 from jaxllm.pipeline import LEAST, enable_compilation_cache
-from jaxllm.quantize import NOT_FINITE, SCHEMES
+from jaxllm.quantize import NOT_FINITE, SCHEMES, column_fill, column_gain, divide_up, equalizes
 from jaxllm.quantize import quantize as quantize_weight
 from jaxllm.tensor import Array, QTensor
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
@@ -256,29 +256,57 @@ def _place(folder, plan, device):
         abstract_params(folder.config, folder.quantize, folder.keep_float)
     )
     names = [_name(keys) for keys, _ in stored]
-    changes = {name: _change(name, folder, plan) for name in names}
+    gains = _gains(folder, plan, device)
+    changes = {name: _change(name, folder, plan, gains) for name in names}
     # on a CPU, what stays as it is stays where it is
     moved = [name for name in names if device.platform != "cpu" or changes[name] is not None]
     placed = dict(zip(moved, _upload([(folder.tensors[n], changes[n]) for n in moved], device), strict=True))
     leaves = [placed[n] if n in placed else jax.device_put(folder.tensors[n], device) for n in names]
+    for layer, gain in gains.items():
+        at = names.index(f"{layer}.w_gate_up")
+        leaves[at] = divide_up(leaves[at], gain)
     for name, leaf in zip(names, leaves, strict=True):
         if isinstance(leaf, QTensor) and not jnp.isfinite(leaf.scale).all():
             raise ModelError(f"{folder.path}: {name} {NOT_FINITE}")
     return jax.tree.unflatten(tree, leaves)
 
 
-def _change(name, folder, plan):
+def _gains(folder, plan, device) -> dict:
+    """Of every layer, by name, what the columns of its w_down are multiplied by before they are quantized."""
+    if folder.quantize or not equalizes(plan.quantize, plan.keep_float):
+        return {}
+
+    def fill(rows):
+        return jax.block_until_ready(_column_fill(jax.device_put(rows, device)))
+
+    def gain(layer):
+        return column_gain(reduce(jnp.maximum, map(fill, _pieces(folder.tensors[f"{layer}.w_down"]))))
+
+    layers = [f"layers.{i}" for i in range(folder.config.n_layers)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(layers, pool.map(gain, layers), strict=True))
+
+
+def _change(name, folder, plan, gains):
     """What has to be done with a stored tensor: a jitted function of its rows, or None."""
-    part = name.rpartition(".")[2]
+    layer, _, part = name.rpartition(".")
     if part in ("values", "scale"):
         return None
     scheme = matrix_scheme(part, plan.quantize, plan.keep_float)
     if scheme:
-        return partial(_quantize, scheme=scheme)
+        return partial(_quantize, scheme=scheme, gain=gains.get(layer) if part == "w_down" else None)
     return partial(_cast_on_device, dtype=plan.weight_dtype) if folder.config.dtype != plan.weight_dtype else None
 
 
-_quantize = jax.jit(quantize_weight, static_argnames="scheme")
+_column_fill = jax.jit(column_fill)
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _quantize(rows, scheme, gain=None):
+    """Rows [n, in], times gain [in] where there is one, as int8."""
+    return quantize_weight(rows if gain is None else rows.astype(jnp.float32) * gain, scheme)
+
+
 _cast_on_device = jax.jit(lambda array, dtype: array.astype(dtype), static_argnames="dtype")
 
 

@@ -6,7 +6,7 @@ grouped-query attention.  Shapes use the legend of `jaxllm.kernels.reference`, a
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -17,7 +17,7 @@ from jaxllm import ops
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.kernels.reference import GROUP
-from jaxllm.quantize import SCHEMES
+from jaxllm.quantize import SCHEMES, column_fill, column_gain, divide_up, equalizes
 from jaxllm.quantize import quantize as quantize_weight
 from jaxllm.tensor import Array, QTensor
 
@@ -129,13 +129,23 @@ def quantize_params(params: Params, quantize: str, keep_float: Collection[str] =
     """Float Params with their matrices as int8: arguments as in `abstract_params`.
 
     numpy in, numpy out; jax in, jax out.  Raises ValueError when a matrix is not finite (numpy).
+    With "int8", w_down's columns grow at the expense of up's rows first (`quantize.column_gain`).
     """
 
     def one(path, leaf):
         scheme = matrix_scheme(path[-1].name, quantize, keep_float)
         return quantize_weight(leaf, scheme) if scheme else leaf
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    def quantized(layer):
+        if not equalizes(quantize, keep_float):
+            return jax.tree_util.tree_map_with_path(one, layer)
+        gain = column_gain(column_fill(layer.w_down))
+        layer = replace(layer, w_down=layer.w_down.astype(np.float32) * gain)
+        layer = jax.tree_util.tree_map_with_path(one, layer)
+        return replace(layer, w_gate_up=divide_up(layer.w_gate_up, gain))
+
+    layers = tuple(map(quantized, params.layers))
+    return replace(jax.tree_util.tree_map_with_path(one, replace(params, layers=())), layers=layers)
 
 
 def init_params(config: ModelConfig, key) -> Params:

@@ -198,7 +198,14 @@ def test_numbers_that_are_not_finite_pass_where_nothing_is_lost(tmp_path):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_int8(name, converted):
-    floats = as_arrays(converted(name) / "model.safetensors")
+    floats = {tensor: array.astype(np.float64) if array.ndim > 1 else array
+              for tensor, array in as_arrays(converted(name) / "model.safetensors").items()}  # fmt: skip
+    for tensor in [tensor for tensor in floats if tensor.endswith("w_down")]:
+        # a column grows until one of its weights is its row's largest, and what feeds it shrinks
+        down = np.abs(floats[tensor])
+        gain = 1 / (down / down.max(axis=1, keepdims=True)).max(axis=0)
+        floats[tensor] = floats[tensor] * gain
+        floats[tensor.replace("w_down", "w_gate_up")][1] /= gain[:, None]
     out = converted(name, "--quantize", "int8")
     int8 = as_arrays(out / "model.safetensors")
     for tensor, array in floats.items():
@@ -207,9 +214,8 @@ def test_int8(name, converted):
             continue
         values, scale = int8.pop(f"{tensor}.values"), int8.pop(f"{tensor}.scale")
         assert values.dtype == np.int8 and scale.dtype == np.float32
-        exact = array.astype(np.float64)
-        np.testing.assert_allclose(scale, np.abs(exact).max(axis=-1) / 127, rtol=2**-22)
-        levels = exact / scale[..., None].astype(np.float64)
+        np.testing.assert_allclose(scale, np.abs(array).max(axis=-1) / 127, rtol=2**-21)
+        levels = array / scale[..., None].astype(np.float64)
         clear = np.abs(levels - np.floor(levels) - 0.5) > 1e-4
         np.testing.assert_array_equal(values[clear], np.rint(levels[clear]))
         assert np.abs(values - levels).max() < 0.5001

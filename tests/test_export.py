@@ -31,10 +31,10 @@ from hypothesis import strategies as st
 from jaxllm.config import PRESETS, ModelConfig, RopeScaling
 from jaxllm.convert import checkpoint as checkpoint_module
 from jaxllm.convert import folder, hf, meta, pth
-from jaxllm.convert.checkpoint import Checkpoint, quantize_checkpoint
+from jaxllm.convert.checkpoint import Checkpoint, join_blocks, quantize_checkpoint
 from jaxllm.errors import ModelError
 from jaxllm.loader import Weight, parameter_shapes, save
-from jaxllm.model import abstract_params, forward
+from jaxllm.model import abstract_params, forward, quantize_params
 from jaxllm.quantize import dequantize
 from jaxllm.tensor import QTensor
 
@@ -273,6 +273,31 @@ def test_a_sentencepiece_tokenizer_that_comes_alone_is_described(tmp_path):
 
 
 # Both
+
+
+@pytest.mark.parametrize("keep_float", [(), ("w_gate_up",), ("wo", "w_down")])
+def test_blocks_are_quantized_like_a_whole_model(keep_float):
+    opened = random_checkpoint(CONFIG)
+    whole = {name: join_blocks(weight.blocks(), weight.shape, CONFIG.dtype) for name, weight in opened.weights.items()}
+
+    def few_rows(array):
+        rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array[None]
+        return Weight(array.shape, lambda: (rows[i : i + 7] for i in range(0, len(rows), 7)))
+
+    weights = {name: few_rows(array) for name, array in whole.items()}
+    blocks = quantize_checkpoint(replace(opened, weights=weights), "int8", keep_float).weights
+    params = jax.tree.unflatten(jax.tree.structure(abstract_params(CONFIG)), whole.values())
+    expected = parameter_shapes(quantize_params(params, "int8", keep_float))
+    for name, weight in blocks.items():
+        parts = list(weight.blocks())
+        if isinstance(parts[0], QTensor):
+            for kind in ("values", "scale"):
+                got = np.concatenate([getattr(part, kind) for part in parts])
+                want = expected.pop(f"{name}.{kind}")
+                np.testing.assert_array_equal(got.reshape(want.shape), want)
+        else:
+            np.testing.assert_array_equal(np.concatenate(parts).reshape(weight.shape), expected.pop(name))
+    assert not expected
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-g128", "w8a8"])

@@ -151,7 +151,8 @@ def assert_quantized_alike(ours, theirs, exact=True):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_quantizing_at_load_is_what_conversion_does(random_model, dtype):
+def test_quantizing_at_load_is_what_conversion_does(random_model, dtype, monkeypatch):
+    monkeypatch.setattr(loader, "PIECE_BYTES", 1 << 12)
     at_load, converted = load(random_model(dtype), quantize="int8"), load(random_model(dtype, "--quantize", "int8"))
     assert_quantized_alike(at_load.params, converted.params)
     assert at_load.config == converted.config

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxllm import ops
-from jaxllm.quantize import SCHEMES, dequantize, quantize, rotate
+from jaxllm.model import Layer, Params, quantize_params
+from jaxllm.quantize import SCHEMES, column_fill, column_gain, dequantize, divide_up, quantize, rotate
+from jaxllm.tensor import QTensor
 
 TINY = 2.0**-126  # the smallest normal float32
 ON_CPU = pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="GPUs round a quotient otherwise")
@@ -265,3 +267,61 @@ def test_unknown_schemes_are_refused():
     for w in (CASES["matrix"], jnp.asarray(CASES["matrix"])):
         with pytest.raises(ValueError, match="'int4' is unknown; there are int8, int8-g128, w8a8"):
             quantize(w, "int4")
+
+
+@ON_CPU
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_column_gains_leave_every_scale_as_it_is(dtype):
+    rng = np.random.default_rng(25)
+    w = weights(26, 37, 90, dtype=dtype) * np.exp2(rng.integers(-3, 1, 90)).astype(dtype)
+    w[:, 8] *= 0.001
+    w[5], w[:, 7] = 0, 0
+    fill = column_fill(w)
+    np.testing.assert_array_equal(np.maximum(column_fill(w[:11]), column_fill(w[11:])), fill)  # block by block
+    gain = column_gain(fill)
+    exact = np.abs(w.astype(np.float64))
+    peak = exact.max(axis=1, keepdims=True)
+    want = np.clip(1 / np.maximum((exact / np.where(peak > 0, peak, 1)).max(axis=0), 1e-9), 1, 16)
+    np.testing.assert_allclose(gain, want, rtol=1e-6)
+    assert gain[7] == gain[8] == 16 and (gain > 1.05).sum() > 20
+    np.testing.assert_allclose(quantize(w.astype(np.float32) * gain).scale, quantize(w).scale, rtol=1e-6)
+    in_jax = jax.jit(lambda w: column_gain(column_fill(w)))(w)
+    np.testing.assert_array_equal(gain.view(np.uint32), np.asarray(in_jax).view(np.uint32))
+
+
+def test_rows_of_up_are_divided():
+    rng = np.random.default_rng(27)
+    q = quantize(rng.standard_normal((2, 9, 16)).astype(np.float32) * np.array([1, 3e-36])[:, None, None])
+    q.scale[1, :3] = 1.0, 0, 3.0
+    gain = rng.uniform(1, 16, 9).astype(np.float32)
+    got = divide_up(q, gain)
+    assert got.values is q.values
+    want = np.maximum(q.scale / [np.ones(9), gain], np.minimum(q.scale, 1e-37))
+    np.testing.assert_allclose(got.scale, want, rtol=1e-6)
+    flat = QTensor(q.values.reshape(18, 16), q.scale.reshape(18))
+    parts = [divide_up(QTensor(flat.values[i : i + 7], flat.scale[i : i + 7]), gain, i).scale for i in (0, 7, 14)]
+    np.testing.assert_array_equal(np.concatenate(parts).reshape(2, 9), got.scale)
+
+
+def test_equalized_ffn_is_the_same_and_closer():
+    """The float product, in float64, of what the int8 weights stand for, against that of each rounded by itself."""
+    rng = np.random.default_rng(28)
+    gate_up, down = rng.standard_normal((2, 96, 40)), rng.standard_normal((40, 96)) * rng.uniform(0.1, 1, 96)
+    layer = Layer(np.ones(40), np.ones((1, 3, 8, 40), np.float32), np.ones((40, 8), np.float32), np.ones(40),
+                  gate_up.astype(np.float32), down.astype(np.float32))  # fmt: skip
+    ours = quantize_params(Params(np.ones((4, 40), np.float32), (layer,), np.ones(40), None), "int8").layers[0]
+    x = rng.standard_normal((200, 40))
+
+    def ffn(gate_up, down):
+        gate, up = x @ gate_up[0].T, x @ gate_up[1].T
+        return (gate / (1 + np.exp(-gate)) * up) @ down.T
+
+    exact = ffn(layer.w_gate_up.astype(np.float64), layer.w_down.astype(np.float64))
+    up = dequantize(ours.w_gate_up).astype(np.float64)
+    # up as it was: what is left is w_down's error
+    fill = np.abs(down / np.abs(down).max(axis=1, keepdims=True)).max(axis=0)
+    restored = layer.w_gate_up.astype(np.float64) * np.stack([np.ones(96), np.maximum(fill, 1 / 16)])[..., None]
+    alone = dequantize(quantize(layer.w_down)).astype(np.float64)
+    equalized = relative(ffn(restored, dequantize(ours.w_down).astype(np.float64)), exact)
+    assert equalized < 0.8 * relative(ffn(layer.w_gate_up.astype(np.float64), alone), exact)
+    assert relative(ffn(up, dequantize(ours.w_down).astype(np.float64)), exact) < 0.02
