@@ -46,7 +46,7 @@ from jaxllm.errors import ArgumentParser, InputError, run_command
 from jaxllm.kernels.reference import LEVELS
 from jaxllm.loader import parameter_shapes
 from jaxllm.model import Params, abstract_params, forward, init_cache, quantize_params
-from jaxllm.quantize import dequantize
+from jaxllm.quantize import column_fill, column_gain, dequantize
 from jaxllm.tensor import QTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -75,12 +75,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize.  bound: by how many percent perplexity may differ from float's (None: a counterexample)."""
+    """A way to quantize.  bound: by how many percent perplexity may differ from float's (None: a counterexample).
+
+    weights makes the quantized Params, and rounds the float ones whose numbers it rounds.
+    """
 
     name: str
     bound: float | None
     weights: Callable[[Params], Params]
     kv_cache: str | None = None
+    rounds: Callable[[Params], Params] = lambda params: params
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,29 @@ def one_scale_a_matrix(params: Params) -> Params:
     return jax.tree.map(lambda w: rounded(w) if w.ndim > 1 else w, params)
 
 
+def equalized(params: Params) -> Params:
+    """The same float model, w_down's columns as large as their rows have room for, at the expense of up's rows."""
+
+    def layer(old):
+        gain = column_gain(column_fill(old.w_down))
+        return replace(
+            old, w_down=old.w_down * gain, w_gate_up=old.w_gate_up / np.stack([np.ones_like(gain), gain])[..., None]
+        )
+
+    return replace(params, layers=tuple(map(layer, params.layers)))
+
+
 def unchanged(params: Params) -> Params:
     return params
 
 
 VARIANTS = (
-    Variant("int8", 0.5, partial(quantize_params, quantize="int8")),
+    Variant("int8", 0.5, partial(quantize_params, quantize="int8"), rounds=equalized),
     Variant("int8-g128", 0.3, partial(quantize_params, quantize="int8-g128")),
     Variant("w8a8", 1.0, partial(quantize_params, quantize="w8a8")),
     Variant("int8 cache", 0.3, unchanged, kv_cache="int8"),
     # both may cost what each may
-    Variant("int8 and int8 cache", 0.8, partial(quantize_params, quantize="int8"), kv_cache="int8"),
+    Variant("int8 and int8 cache", 0.8, partial(quantize_params, quantize="int8"), kv_cache="int8", rounds=equalized),
     Variant("one scale a matrix", None, one_scale_a_matrix),
 )
 
@@ -248,7 +264,7 @@ def grid_error(count: int) -> float:
 
 def predict(subject: Subject, quantized: dict[str, Params]) -> dict[str, float]:
     """Print what to expect of a model; each variant's KL as a multiple of that of int8, where weights alone decide."""
-    errors = {name: weight_error(subject.params, params) for name, params in quantized.items()}
+    errors = {v.name: weight_error(v.rounds(subject.params), quantized[v.name]) for v in VARIANTS}
     print(f"\n{subject.name}: {len(subject.windows)} windows of {LENGTH} tokens, {subject.counted.sum()} predictions")
     for variant in VARIANTS:
         line = f"  expected of {variant.name}: "
