@@ -92,6 +92,7 @@ def test_equal_and_huge_scores():
         assert relative(sharp, want.astype(np.float64)) < BOUND["float16"]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10's Pallas has another `load`")
 @pytest.mark.parametrize("T, K, G, H, S, dtype", [(8, 1, 1, 64, 8, "float16"), (2048, 8, 2, 128, 4096, "bfloat16")])
 def test_lowers(T, K, G, H, S, dtype):
     """Without a GPU: that Pallas takes the kernel as it is."""
