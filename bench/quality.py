@@ -73,6 +73,10 @@ class Subject:
     counted: np.ndarray  # bool [n, LENGTH]
 
 
+def unchanged(params: Params) -> Params:
+    return params
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way to quantize.  bound: by how many percent perplexity may differ from float's (None: a counterexample).
@@ -84,7 +88,7 @@ class Variant:
     bound: float | None
     weights: Callable[[Params], Params]
     kv_cache: str | None = None
-    rounds: Callable[[Params], Params] = lambda params: params
+    rounds: Callable[[Params], Params] = unchanged
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,6 @@ def equalized(params: Params) -> Params:
         )
 
     return replace(params, layers=tuple(map(layer, params.layers)))
-
-
-def unchanged(params: Params) -> Params:
-    return params
 
 
 VARIANTS = (

@@ -179,10 +179,7 @@ def attention(q, k: Array, v: Array, positions, impl="auto", window=None):
 
     A query sees the slots up to its position, with a window only the last so many of them.
     """
-    facts = {
-        "gpu": _compute_capability(), "cache": _kind(k), "head_dim": q.shape[-1], "tokens": q.shape[1],
-        "slots": k.shape[2], "window": window,
-    }  # fmt: skip
+    facts = {"cache": _kind(k), "head_dim": q.shape[-1], "tokens": q.shape[1], "slots": k.shape[2], "window": window}
     options = {} if window is None else {"window": window}
     if isinstance(k, QTensor):
         return _call("attention", impl, facts, options, q, k.values, v.values, positions, k.scale, v.scale)
@@ -234,10 +231,7 @@ def decode_step(
     weights = " and ".join(sorted({_kind(w) for w in (output, *chain(*map(_matrices, layers)))}))
     if weights in ("float32", "bfloat16", "float16") and weights != x.dtype.name:
         weights += f" for {x.dtype.name}"
-    device = jax.extend.backend.get_default_device()
     facts |= {
-        "gpu": _compute_capability(),
-        "multiprocessors": getattr(device, "core_count", None),
         "weights": weights,
         "cache": _kind(keys[0]),
         "slots": len(x) * keys[0].shape[2],
@@ -263,11 +257,6 @@ def decode_step(
         return function(x, cos, sin, positions, tuple(arrays), norm, *_numbers(output), eps=eps)
 
     return (whole if chosen.differentiable else _with_rules_of(one_by_one, whole))(*arguments)
-
-
-def _compute_capability():
-    """That of JAX's default device, or None."""
-    return getattr(jax.extend.backend.get_default_device(), "compute_capability", None)
 
 
 def _matrices(layer):
@@ -343,9 +332,15 @@ def _with_rules_of(specification, kernel):
 def choose(op: str, impl: str, dtype, facts: Mapping[str, int]) -> Implementation:
     """The Implementation that impl (as in `check_implementations`) means for a call of op on JAX's default device.
 
-    dtype is that of the first argument, facts are what limits may name.  Raises InputError when one was asked for by
-    name that does not support the call.
+    dtype is that of the first argument, facts are what limits may name besides the device's: gpu, its compute
+    capability, and multiprocessors.  Raises InputError when one was asked for by name that does not support the call.
     """
+    device = jax.extend.backend.get_default_device()
+    facts = {
+        "gpu": getattr(device, "compute_capability", None),
+        "multiprocessors": getattr(device, "core_count", None),
+        **facts,
+    }
     name = _wanted(impl, op)
     if name != "auto":
         reason = objection(IMPLEMENTATIONS[op][name], dtype, facts)

@@ -266,8 +266,13 @@ class Session:
 
 def stores_scores(config: ModelConfig) -> bool:
     """Whether a prefill call stores attention scores [B, N, T, S]: XLA's attention does, kernels do not."""
-    facts = {"head_dim": config.head_dim, "tokens": PIECE, "slots": config.max_len, "window": config.sliding_window}
-    facts |= {"gpu": None, "cache": None}  # of the kernels, the one for any GPU and any cache stands for all
+    facts = {
+        "cache": config.kv_cache or config.dtype,
+        "head_dim": config.head_dim,
+        "tokens": PIECE,
+        "slots": config.max_len,
+        "window": config.sliding_window,
+    }
     return ops.choose("attention", config.impl, config.dtype, facts) is ops.IMPLEMENTATIONS["attention"]["xla"]
 
 

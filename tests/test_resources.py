@@ -14,17 +14,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm import resources
+from jaxllm import ops, resources
 from jaxllm.config import ModelConfig, preset
 from jaxllm.errors import InputError
 from jaxllm.model import KVCache, Params, abstract_params, init_cache, init_params, quantize_params
-from jaxllm.pipeline import decode_chunk, init_state, prefill
+from jaxllm.pipeline import decode_chunk, init_state, prefill, stores_scores
 from jaxllm.quantize import SCHEMES
 from jaxllm.resources import (
     GUARD,
@@ -232,6 +233,14 @@ def test_workspace_holds_what_is_known_to_be_there():
         assert workspace < GUARD + most
     wide = replace(config, dtype="float32")
     assert plan(config).workspace < plan(wide).workspace < 2 * plan(config).workspace
+
+
+@pytest.mark.parametrize("impl, stores", [("auto", False), ("attention=mosaic", False), ("attention=xla", True)])
+def test_who_stores_scores_on_a_gpu(impl, stores, monkeypatch):
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: hopper)
+    monkeypatch.setattr(ops, "find_spec", lambda package: package)
+    assert stores_scores(replace(preset("llama2-7b"), impl=impl)) == stores
 
 
 def test_workspace_without_stored_scores(monkeypatch):
